@@ -1,0 +1,317 @@
+"""The command `halfstep`: parse, one public call, print.
+
+Errors of halfstep are one line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports wait for the
+command that needs them, so that `halfstep --help` answers at once.
+"""
+
+import datetime
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from halfstep import records
+from halfstep.errors import HalfstepError, RecipeError, RecordError
+
+if TYPE_CHECKING:
+    from halfstep.records import Record
+    from halfstep.tasks.recipe import Recipe
+
+app = typer.Typer(
+    help="Train neural networks in mixed precision: measured, safe, and proved against fp32.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+console = Console(soft_wrap=False)
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="Name of a recipe that comes with halfstep, or the path of a .toml file."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; may be repeated."),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="PATH", help="File or folder to train on; the same as --set data=PATH.")
+]
+StepCount = Annotated[int | None, typer.Option("--steps", help="Training steps; the same as --set steps=N.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; '-' is standard output.")
+]
+Arms = Annotated[
+    str,
+    typer.Option(help="Comma-separated: fp32, fp32-tuned, torch-amp, torch-amp-tuned, halfstep, halfstep:PLAN."),
+]
+Target = Annotated[
+    float | None, typer.Option(help="Metric for 's to target'; default: fp32's, loosened by the margin.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+
+
+def main() -> NoReturn:
+    """Run the command and turn errors into one line."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app(args=[a for a in arguments if a != "--debug"], prog_name="halfstep", standalone_mode=True)
+    except (HalfstepError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Train neural networks in mixed precision: measured, safe, and proved against fp32."""
+
+
+def _load(name: str, overrides: list[str] | None, **shorthands: object) -> "Recipe":
+    from halfstep.tasks.recipe import load_recipe
+
+    given = [f"{key}={value}" for key, value in shorthands.items() if value is not None]
+    return load_recipe(name, [*(overrides or []), *given])
+
+
+def _write_json(record: "Record", target: Path | None) -> None:
+    if target is None:
+        return
+    text = records.encode(record) + "\n"
+    if str(target) == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"{target} cannot be written ({error.strerror}); give another --json") from None
+
+
+def _require_writable(*paths: Path | None) -> None:
+    """Find out before the work, not after it. Raises RecordError."""
+    for path in paths:
+        if path is not None and str(path) != "-" and (not os.access(path.absolute().parent, os.W_OK) or path.is_dir()):
+            raise RecordError(f"{path} cannot be written; give a file in a folder that exists and may be written")
+
+
+@app.command()
+def probe(
+    json: Json = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to keep the profile; default: the cache folder.")
+    ] = None,
+    device: Device = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="3 seconds: fewer shapes, no convolutions.")] = False,
+) -> None:
+    """Time this machine and say for each number format whether it pays here."""
+    from halfstep.machine.hardware import locate_profile, probe_hardware, save_profile
+    from halfstep.report.terminal import show_profile
+
+    _require_writable(json)
+    profile = probe_hardware(device, quick=quick)
+    path = out or locate_profile(device)
+    save_profile(profile, path)
+    if str(json) != "-":
+        console.print(show_profile(profile))
+        console.print(f"kept in {path}", soft_wrap=True)
+    _write_json(profile, json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="auto, a precision name, or a plan file.")
+    ] = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the plan (.toml, .json, or text).")
+    ] = None,
+) -> None:
+    """Show which formats each layer of a recipe's model gets on this machine, and why."""
+    from halfstep.control.sensitivity import choose_plan
+    from halfstep.conversion import convert
+    from halfstep.machine.hardware import get_profile
+    from halfstep.report.terminal import show_plan
+    from halfstep.stepper import read_plan
+
+    _require_writable(save)
+    loaded = _load(recipe, overrides, precision=precision, data=data)
+    task = loaded.build_task()
+    model = task.build_model()
+    why = ""
+    if loaded.precision == "auto":
+        choice = choose_plan(model, (task.make_batch(1)[0],), profile=get_profile())
+        chosen, why = choice.plan, choice.why
+    else:
+        chosen = read_plan(loaded.precision)
+    with convert(model, chosen) as conversion:
+        console.print(show_plan(records.PlanRecord(step=0, plan=str(chosen), layers=conversion.describe(), why=why)))
+    if save is not None:
+        chosen.save(save)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where the run is kept; default: runs/RECIPE-DATE.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FOLDER", help="Go on with the run in this folder.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="auto, a precision name, or a plan file.")
+    ] = None,
+    steps: StepCount = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights and data order.")] = None,
+    data: Data = None,
+    overrides: Overrides = None,
+    save_every: Annotated[
+        int, typer.Option("--save-every", help="Steps between checkpoints; 0: only at the end.")
+    ] = 100,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="FOLDER", help="Also write TensorBoard events.")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Train a recipe. Ctrl-C saves and ends; --resume goes on exactly where it stopped."""
+    import torch
+
+    from halfstep.comparison import use_channels_last
+    from halfstep.machine.hardware import name_machine
+    from halfstep.machine.runtime import tune_process
+    from halfstep.records import RunRecord
+    from halfstep.report.progress import follow_run
+    from halfstep.stepper import prepare
+    from halfstep.training import Run, build_optimizer, build_schedule
+
+    if out is not None and resume is not None:
+        raise RecipeError("give --out for a new run or --resume for an old one, not both")
+    loaded = _load(recipe, overrides, precision=precision, steps=steps, seed=seed, data=data)
+    folder = resume or out or Path("runs") / f"{loaded.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    task, settings = loaded.build_task(device), loaded.train
+    with tune_process() as process:
+        model = task.build_model()
+        use_channels_last(model)
+        optimizer = build_optimizer(model, settings, fused=True)
+        stepper = prepare(
+            model, optimizer, loaded.precision, accumulate=settings.accumulate, clip=settings.clip or None,
+            schedulers=build_schedule(optimizer, settings),
+        )  # fmt: skip
+        run = Run(task, stepper, settings, folder, name=f"{loaded.name}, {loaded.task}")
+        if resume is not None:
+            run.resume()
+            console.print(f"going on after step {run.done}")
+        else:
+            run.begin(
+                RunRecord(task=loaded.task, arm="halfstep", precision=loaded.precision, seed=settings.seed, steps=settings.steps,
+                          recipe=str(loaded), machine=name_machine(device), torch_version=torch.__version__,
+                          threads=torch.get_num_threads(), settings=process,
+                          date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+            )  # fmt: skip
+
+        def stop(_signal: int, _frame: Any) -> None:
+            run.stop = True
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            end = follow_run(run.drive(save_every=save_every), settings.steps, task.metric, console, tensorboard)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    console.print(f"kept in {folder}", soft_wrap=True)
+    if end.reason == "interrupted":
+        again = f"halfstep train {recipe} --resume {folder}"
+        console.print(
+            f"stopped after step {end.step} of {settings.steps}; go on with the same options and: {again}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130)
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    arms: Arms = "fp32,torch-amp,torch-amp-tuned,halfstep",
+    seeds: Annotated[int, typer.Option("--seeds", help="Paired seeds; the equivalence test needs two or more.")] = 3,
+    steps: StepCount = None,
+    data: Data = None,
+    overrides: Overrides = None,
+    target: Target = None,
+    json: Json = None,
+    page: Annotated[Path | None, typer.Option("--page", metavar="FILE", help="Where the HTML page goes.")] = Path(
+        "compare.html"
+    ),
+) -> None:
+    """Train a recipe in fp32, torch.amp and halfstep from paired seeds: was it faster, was it smaller, did accuracy hold?"""
+    from dataclasses import replace
+
+    from halfstep import comparison
+    from halfstep.report.page import write_page
+    from halfstep.report.progress import follow_comparison
+    from halfstep.report.terminal import show_comparison
+
+    names = [name.strip() for name in arms.split(",")]
+    comparison.require_arms(names)
+    _require_writable(json, page)
+    loaded = _load(recipe, overrides, steps=steps, data=data)
+    task = loaded.build_task()
+    total = seeds * (len(names) * loaded.train.steps + min(comparison.evaluation_steps(loaded.train)))
+    with follow_comparison(total, Console(stderr=True)) as notify:
+        result = comparison.compare(
+            str(loaded), loaded.name, task.metric, loaded.train, arms=names, seeds=seeds, target=target, notify=notify
+        )
+    result = replace(result, command=shlex.join(["halfstep", *sys.argv[1:]]))
+    if str(json) != "-":
+        console.print(show_comparison(result))
+    _write_json(result, json)
+    if page is not None:
+        write_page(result, page)
+        if str(json) != "-":
+            console.print(f"curves: {page}", soft_wrap=True)
+    if not result.gate_works:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What `halfstep compare --json` or `halfstep probe --json` wrote.")
+    ],
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="Also write the HTML page of a comparison.")
+    ] = None,
+) -> None:
+    """Show a stored result again."""
+    from halfstep.records import ComparisonRecord, HardwareProfile
+    from halfstep.report.page import write_page
+    from halfstep.report.terminal import show_comparison, show_profile
+
+    try:
+        record = records.decode(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{source} cannot be read: {error}") from None
+    if isinstance(record, ComparisonRecord):
+        console.print(show_comparison(record))
+        if page is not None:
+            write_page(record, page)
+    elif isinstance(record, HardwareProfile):
+        console.print(show_profile(record))
+    else:
+        raise RecordError(f"{source} holds a {type(record).__name__}; give a comparison or a profile")
+
+
+@app.command(hidden=True)
+def worker(recipe: RecipeName, arm: Annotated[str, typer.Option()], seed: Annotated[int, typer.Option()]) -> None:
+    """One arm of a comparison; `compare` starts these and tells them over standard input when to run."""
+    from halfstep import comparison
+
+    loaded = _load(recipe, None, seed=seed)
+    comparison.work(arm, loaded.build_task(), loaded.train, loaded.precision, sys.stdin, sys.stdout)

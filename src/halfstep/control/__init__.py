@@ -1,0 +1,1 @@
+"""Judgement: from measurements to plans, and observers that measure. Nothing here trains."""

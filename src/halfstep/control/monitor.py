@@ -1,0 +1,172 @@
+"""Observers of a running model. They watch and write down; they decide nothing.
+
+`Audit` sits below autocast, where torch's dispatcher hands over the operations that really run: the dtype of every
+matmul and convolution and every conversion between float formats, under the name of the module that was running. Inside
+its block everything costs more; outside it nothing does.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from halfstep.mechanisms.layers import DTYPES, find_kind
+
+_aten = torch.ops.aten
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "mkldnn_linear", "mkldnn_rnn_layer",
+             "mkldnn_rnn_layer_backward", "_scaled_mm", "_int_mm", "_addmm_activation"}  # fmt: skip
+_CASTS = {"_to_copy", "copy_"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BACKWARD = "(backward)"
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """halfstep's name of a torch dtype.
+
+    >>> name_dtype(torch.bfloat16)
+    'bf16'
+    """
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@contextmanager
+def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep `stack` at the paths of the modules whose forward is running, outermost first."""
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+
+            def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
+                stack.append(path)
+
+            def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+                stack.pop()
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+class Audit(TorchDispatchMode):
+    """What every layer really ran in, seen at run time.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> with Audit(model) as audit:
+    ...     _ = model(torch.ones(1, 2))
+    >>> audit.computed["0"]
+    Counter({'fp32': 1})
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.computed: dict[str, Counter[str]] = {}  # path -> {format: products run in it}
+        self.casts: Counter[tuple[str, str, str]] = Counter()  # (path, from, to) -> how often
+        self.cast_numbers: Counter[tuple[str, str, str]] = Counter()  # (path, from, to) -> numbers converted
+        self._running: list[str] = []
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._hooks.enter_context(follow_modules(self.model, self._running))
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._hooks.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        path = self._running[-1] if self._running else BACKWARD
+        if name in _PRODUCTS or "attention" in name:
+            tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()]
+            if tensors:
+                self.computed.setdefault(path, Counter())[name_dtype(tensors[0].dtype)] += 1
+        elif name in _CASTS:
+            self._note_cast(path, args[1] if name == "copy_" else args[0], result)
+        return result
+
+    def _note_cast(self, path: str, source: Any, result: Tensor) -> None:
+        if (
+            isinstance(source, Tensor)
+            and source.dtype != result.dtype
+            and source.is_floating_point()
+            and result.is_floating_point()
+        ):
+            key = (path, name_dtype(source.dtype), name_dtype(result.dtype))
+            self.casts[key] += 1
+            self.cast_numbers[key] += result.numel()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{path or '(model)'}: {', '.join(f'{n} in {f}' for f, n in counts.items())}"
+            for path, counts in self.computed.items()
+        ]
+        for (path, source, target), count in self.casts.items():
+            lines.append(
+                f"{path or '(model)'}: cast {source} -> {target}, {count} times, {self.cast_numbers[path, source, target]} numbers"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(kw_only=True)
+class LayerShape:
+    """The product that a layer makes, and how often in one forward pass."""
+
+    path: str
+    kind: str
+    operation: str  # matmul | conv2d
+    shape: tuple[int, ...]  # as in records.Measurement
+    calls: int = 1
+    input_numbers: int = 0  # numbers that would be converted on the way in
+    output_numbers: int = 0
+    weight: tuple[int, ...] = field(default=())
+
+
+@contextmanager
+def observe_shapes(model: nn.Module) -> Iterator[Mapping[str, LayerShape]]:
+    """Inside the block, note the product that every linear and 2-d convolution makes; filled as the model runs."""
+    seen: dict[str, LayerShape] = {}
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+
+                def note(module: nn.Module, args: Any, result: Any, path: str = path) -> None:
+                    if path in seen:
+                        seen[path].calls += 1
+                    else:
+                        seen[path] = _describe(path, module, args[0], result)
+
+                hooks.callback(module.register_forward_hook(note).remove)
+        yield seen
+
+
+def _describe(path: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerShape:
+    shape: tuple[int, ...]
+    if isinstance(module, nn.Conv2d):
+        operation = "conv2d"
+        shape = (
+            x.shape[0],
+            module.in_channels,
+            module.out_channels,
+            *x.shape[2:4],
+            module.kernel_size[0],
+            module.stride[0],
+            module.groups,
+        )
+    else:
+        operation, shape = "matmul", (x.numel() // x.shape[-1], x.shape[-1], y.shape[-1])
+    weight = getattr(module, "weight", None)
+    return LayerShape(
+        path=path, kind=find_kind(module), operation=operation, shape=shape,
+        input_numbers=x.numel(), output_numbers=y.numel(), weight=tuple(weight.shape) if weight is not None else (),
+    )  # fmt: skip

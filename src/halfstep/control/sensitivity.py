@@ -1,0 +1,169 @@
+"""Choose a plan for this model on this machine: measure, search, and try the result on the whole model.
+
+    observe   one forward pass: which products the model makes, in which shapes
+    time      each distinct shape once in fp32 and in every 16-bit format that the machine's profile calls native
+    search    control/search: per layer, fp32 or the fastest format with its casts counted
+    try       forward and backward of the whole model, fp32 against the found plan in turns: the plan must win
+
+The trial is there because a small model can lose by dispatch and elementwise casts what its layers gain. It leaves no
+trace: random states and buffers are put back, gradients dropped, weights untouched.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from halfstep.control.monitor import LayerShape, observe_shapes
+from halfstep.control.search import NOISE, LayerCost, choose_formats
+from halfstep.conversion import convert
+from halfstep.machine.hardware import DTYPES, Stopwatch, time_products
+from halfstep.plan import Plan, Rule
+from halfstep.records import HardwareProfile
+
+CANDIDATES = ("bf16", "fp16")
+TRIALS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plan, the reason for it, and the time it took to find, in seconds."""
+
+    plan: Plan
+    why: str
+    seconds: float
+
+
+@contextmanager
+def leave_no_trace(model: nn.Module) -> Iterator[None]:
+    """Random states, buffers and gradients are as before after the block."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = {p: p.grad for p in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for parameter, gradient in gradients.items():
+            parameter.grad = None
+            parameter.grad = gradient
+
+
+def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Forward and backward; every floating-point output gets the same gradient everywhere."""
+    outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    torch.autograd.backward(outputs, [torch.full_like(t, 1.0 / max(1, t.numel())) for t in outputs])
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watch: Stopwatch) -> list[LayerCost]:
+    """Time every distinct shape once, and give each layer its cost."""
+    timed: dict[tuple[str, tuple[int, ...], str], float] = {}
+    per_number = {f: _time_cast(f, watch) for f in formats if f != "fp32"}
+    costs = []
+    for layer in shapes.values():
+        products = {}
+        for format in formats:
+            key = (layer.operation, layer.shape, format)
+            if key not in timed:
+                timed[key] = sum(m.milliseconds for m in time_products(*key, watch))
+            products[format] = layer.calls * timed[key]
+        # forward converts the input, backward the gradient of the output; weights are stored in the format
+        numbers = layer.calls * (layer.input_numbers + layer.output_numbers)
+        casts = {format: numbers * ms for format, ms in per_number.items()}
+        costs.append(LayerCost(path=layer.path, shape=layer.shape, products=products, casts=casts))
+    return costs
+
+
+def _time_cast(format: str, watch: Stopwatch) -> float:
+    """Milliseconds a number, at a size beyond the caches."""
+    count = 1 << 22
+    x, y = torch.randn(count, device=watch.device), torch.empty(count, device=watch.device, dtype=DTYPES[format])
+    return watch.time(lambda: y.copy_(x)) / count
+
+
+def choose_plan(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, profile: HardwareProfile
+) -> Choice:
+    """The plan that "auto" means for this model, fed with this batch, on the machine of this profile.
+
+    >>> from halfstep.machine.hardware import probe_hardware
+    >>> choice = choose_plan(nn.Linear(4, 4), (torch.ones(2, 4),), profile=probe_hardware(quick=True))
+    >>> choice.plan.rules[-1].compute          # a layer this small never leaves fp32
+    'fp32'
+    """
+    start, kwargs = time.perf_counter(), kwargs or {}
+    fast = [f for f in CANDIDATES if (c := profile.find_capability(f)) is not None and c.status == "native"]
+    if not fast:
+        reasons = "; ".join(f"{c.format}: {c.why}" for c in profile.capabilities if c.format in CANDIDATES)
+        why = f"no 16-bit format is faster than fp32 on this machine ({reasons})"
+        return Choice(
+            plan=Plan(rules=(Rule(compute="fp32", why=why),), name="auto"), why=why, seconds=time.perf_counter() - start
+        )
+    with leave_no_trace(model):
+        with observe_shapes(model) as shapes:
+            run_once(model, args, kwargs)
+        costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
+        plan = _follow_ties(model, choose_formats(costs))
+        plan, why = _try(model, args, kwargs, plan, Stopwatch(profile.device))
+    return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
+
+
+def _follow_ties(model: nn.Module, plan: Plan) -> Plan:
+    """Modules that share a parameter get the same formats: fp32 where one of the layers among them stays fp32."""
+    sharing: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            sharing.setdefault(parameter, []).append(path)
+    rules = {rule.path: rule for rule in plan.rules if rule.names_a_path}
+    for paths in sharing.values():
+        ruled = [rules[path] for path in paths if path in rules]
+        if len(paths) > 1 and ruled:
+            widest = next((rule for rule in ruled if rule.compute == "fp32"), ruled[0])
+            for path in paths:
+                others = ", ".join(other for other in paths if other != path)
+                if path != widest.path:
+                    rules[path] = replace(widest, path=path, why=f"shares a weight with {others}")
+    return replace(plan, rules=(*rules.values(), *(rule for rule in plan.rules if not rule.names_a_path)))
+
+
+def _try(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, watch: Stopwatch
+) -> tuple[Plan, str]:
+    """The plan if the whole model is faster under it than in fp32, else fp32 with the numbers."""
+    if all(rule.compute == "fp32" for rule in plan.rules):
+        return plan, "no layer is faster in 16 bits at its own shape"
+    fp32_ms, plan_ms = [], []
+    for _ in range(1 + TRIALS):
+        fp32_ms.append(watch.time_once(lambda: run_once(model, args, kwargs)))
+        with convert(model, plan) as conversion:
+
+            def step(conversion: Any = conversion) -> None:
+                with conversion.autocast():
+                    run_once(model, args, kwargs)
+                with conversion.masters.widened():
+                    pass  # what the update adds: truth out of the live weights and back
+
+            plan_ms.append(watch.time_once(step))
+    before, after = statistics.median(fp32_ms[1:]), statistics.median(plan_ms[1:])  # the first is a warm-up
+    timed = f"forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
+    if before / after >= NOISE:
+        return plan, timed
+    why = f"kept in fp32: {timed}; the casts between the layers cost more than the layers gain"
+    layers = [
+        Rule(path=r.path, compute="fp32", why=f"{r.why}; but the model as a whole loses")
+        for r in plan.rules
+        if r.names_a_path
+    ]
+    return Plan(rules=(*layers, Rule(compute="fp32", why=why)), name="auto"), why

@@ -1,0 +1,193 @@
+"""A plan applied to a model: the reversible handle that says what was done, what was not, and why.
+
+    resolve the plan over the model's modules         dead rules are errors
+    every module's own parameters -> storage format   through MasterWeights, parameter objects stay the same
+    modules whose format differs from the one around them, and units of `cast = "unit"` -> Unit
+    the rest of the model runs under one autocast     `cast = "op"`: Conversion.autocast()
+
+`state_dict()` of a converted model has the same keys and holds the fp32 truth; `load_state_dict()` takes fp32. Undoing
+gives back the same parameter objects in fp32 and the same classes.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.control.monitor import Audit
+from halfstep.errors import ModelError, PlanError, UnsupportedError
+from halfstep.mechanisms.layers import DTYPES, Gate, Unit, autocast, find_kind, make_unit, undo_unit
+from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.numerics.formats import find_format
+from halfstep.plan import Plan, Resolution, Settings
+from halfstep.records import LayerRecord
+
+UNITS = ("linear", "conv", "attention", "recurrent", "norm")  # what `cast = "unit"` casts around
+
+
+class Conversion:
+    """What a plan did to a model. Made by `convert`; undone by `undo()` or at the end of a `with` block."""
+
+    def __init__(self, model: nn.Module, plan: Plan, resolution: Resolution, device_type: str) -> None:
+        self.model, self.plan, self.device_type = model, plan, device_type
+        self.table: Mapping[str, Settings] = resolution.table
+        self.masters = MasterWeights()
+        self._undo = ExitStack()
+        self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What a forward pass and the loss run under: torch's autocast where the plan casts every operation."""
+        return autocast(self.device_type, self._around) if self._around != "fp32" else nullcontext()
+
+    def audit(self) -> Audit:
+        """A `with` block that sees what really runs: formats of all products, and every cast.
+
+        >>> with convert(nn.Sequential(nn.Linear(2, 2)), Plan.preset("bf16-mixed")) as conversion:
+        ...     with conversion.audit() as audit, conversion.autocast():
+        ...         _ = conversion.model(torch.ones(1, 2))
+        >>> audit.computed["0"]
+        Counter({'bf16': 1})
+        """
+        return Audit(self.model)
+
+    def describe(self) -> tuple[LayerRecord, ...]:
+        """One record for every module that has parameters of its own or that a plan has a word for."""
+        records = []
+        for path, module in self.model.named_modules():
+            own, kind = sum(p.numel() for p in module.parameters(recurse=False)), find_kind(module)
+            if own or kind:
+                s = self.table[path]
+                records.append(
+                    LayerRecord(path=path, kind=kind, compute=s.compute, storage=s.storage, master=s.master,
+                                parameters=own, why=s.why)
+                )  # fmt: skip
+        return tuple(records)
+
+    def undo(self) -> None:
+        """Give the model back as it was, with the weights it has now, in fp32. A second call does nothing."""
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def _apply(self) -> None:
+        storage = self._agree_on_storage()
+        for path, module in self.model.named_modules():
+            self._convert_unit(path, module)
+        for parameter, settings in storage.items():
+            if settings.storage != "fp32":
+                self.masters.narrow(parameter, DTYPES[settings.storage], settings.master)
+                self._undo.callback(self.masters.widen, parameter)
+        for module in self.model.modules():
+            self._keep_state_in_fp32(module)
+
+    def _agree_on_storage(self) -> dict[nn.Parameter, Settings]:
+        """Settings of every floating-point parameter. Raises PlanError when two modules share one and disagree."""
+        agreed: dict[nn.Parameter, tuple[str, Settings]] = {}
+        for path, module in self.model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    raise ModelError(
+                        f"'{path}.{name}' is {parameter.dtype} already; halfstep keeps the fp32 truth itself: pass the "
+                        "model in fp32 (model.float()) and let the plan store it in 16 bits"
+                    )
+                if parameter.dtype != torch.float32:
+                    continue
+                here = self.table[path]
+                first_path, first = agreed.setdefault(parameter, (path, here))
+                if (first.storage, first.master) != (here.storage, here.master):
+                    raise PlanError(
+                        f"'{first_path}' and '{path}' share a parameter, but the plan stores it as {first.storage} "
+                        f"(master {first.master}) and {here.storage} (master {here.master}); give both the same rule"
+                    )
+        return {parameter: settings for parameter, (_, settings) in agreed.items()}
+
+    def _convert_unit(self, path: str, module: nn.Module) -> None:
+        settings = self.table[path]
+        if settings.cast == "unit":
+            is_unit = find_kind(module) in UNITS
+        else:
+            parent = self.table[path.rpartition(".")[0]]
+            is_unit = path != "" and settings.compute != (parent.compute if parent.cast == "op" else self._around)
+        if is_unit or settings.output:
+            make_unit(module, Unit if is_unit else Gate, self.device_type, settings.compute, settings.output)
+            self._undo.callback(undo_unit, module)
+
+    def _keep_state_in_fp32(self, module: nn.Module) -> None:
+        """state_dict() reads the masters, load_state_dict() writes them; keys stay as they are."""
+        narrow = {n: p for n, p in module.named_parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)}
+        if not narrow:
+            return
+        incoming: dict[str, Tensor] = {}
+
+        def save(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+            for name, parameter in narrow.items():
+                state[prefix + name] = self.masters.read(parameter)
+
+        def before_load(_module: nn.Module, state: Mapping[str, Any], prefix: str, *_rest: Any) -> None:
+            incoming.update({n: state[prefix + n] for n in narrow if prefix + n in state})
+
+        def after_load(_module: nn.Module, _keys: Any) -> None:
+            for name, value in incoming.items():
+                self.masters.write(narrow[name], value)
+            incoming.clear()
+
+        self._undo.callback(module.register_state_dict_post_hook(save).remove)
+        self._undo.callback(module.register_load_state_dict_pre_hook(before_load).remove)
+        self._undo.callback(module.register_load_state_dict_post_hook(after_load).remove)
+
+
+def convert(model: nn.Module, plan: Plan) -> Conversion:
+    """Apply a plan to a model, in place.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> weight = layer.weight
+    >>> conversion = convert(layer, Plan.parse("compute=bf16 storage=bf16 master=split"))
+    >>> layer.weight.dtype, layer.state_dict()["weight"].dtype
+    (torch.bfloat16, torch.float32)
+    >>> conversion.undo(); layer.weight is weight, layer.weight.dtype
+    (True, torch.float32)
+
+    Raises PlanError for a dead rule or a tied weight with two storages, UnsupportedError for what cannot be honoured
+    here, ModelError for a model whose weights are 16 bits wide already. A model that is refused is left as it was.
+    """
+    modules = {path: find_kind(module) for path, module in model.named_modules()}
+    resolution = plan.resolve(modules)
+    resolution.require_alive()
+    for path, settings in resolution.table.items():
+        _require_possible(path, settings)
+    device_type = next((p.device.type for p in model.parameters()), "cpu")
+    conversion = Conversion(model, plan, resolution, device_type)
+    try:
+        conversion._apply()
+    except BaseException:
+        conversion.undo()
+        raise
+    return conversion
+
+
+def _require_possible(path: str, settings: Settings) -> None:
+    where = f"module '{path}'" if path else "the model"
+    for slot in ("compute", "storage", "output"):
+        format = getattr(settings, slot)
+        if format and format not in DTYPES:
+            raise UnsupportedError(
+                f"{where}: {slot}={format} cannot be honoured; this version trains in {', '.join(DTYPES)}"
+            )
+    if settings.storage != "fp32" and settings.storage != settings.compute:
+        raise UnsupportedError(
+            f"{where}: storage={settings.storage} with compute={settings.compute}; weights are stored in fp32 or in the "
+            "format they are computed in"
+        )
+    if settings.storage == "fp32" and settings.master == "split":
+        raise UnsupportedError(f"{where}: master=split needs storage=bf16; fp32 weights are their own truth")
+    if settings.master == "split" and find_format(settings.storage).name != "bf16":
+        raise UnsupportedError(f"{where}: master=split works behind bf16; storage={settings.storage} takes master=fp32")

@@ -1,0 +1,1 @@
+"""The machine: what it can do, measured, and the process settings that let it."""

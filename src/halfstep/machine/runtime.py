@@ -1,0 +1,81 @@
+"""Process-wide settings that decide how fast training runs: set on entry, restored on exit, each with its reason.
+
+    allocator           glibc returns large blocks to the system after every operation, so that the next one faults its
+                        pages in again; raising the mmap and trim thresholds keeps them (mallopt(3)).
+    threads             torch's intra-operation threads.
+    flush_denormals     subnormal fp32 operands cost tens of cycles each on x86.
+
+glibc cannot say what its thresholds are, so on exit they are set to its documented defaults. Where a setting has no
+effect (musl, macOS, another allocator preloaded) it is left out, and the returned table says so.
+"""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_GLIBC_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10}
+_KEEP_BLOCKS = {_M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 16 << 20, _M_MMAP_THRESHOLD: 1 << 30}
+
+
+def _mallopt(values: dict[int, int]) -> bool:
+    """Set glibc's thresholds; whether that was possible."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return hasattr(libc, "mallopt") and all(libc.mallopt(key, value) == 1 for key, value in values.items())
+
+
+@contextmanager
+def tune_process(
+    *, allocator: bool = True, threads: int | None = None, flush_denormals: bool = False
+) -> Iterator[dict[str, str]]:
+    """Apply settings for the length of a `with` block; yields {setting: what was done and why}.
+
+    >>> with tune_process(allocator=False, threads=1) as settings:
+    ...     settings["threads"]
+    '1: as asked'
+    """
+    settings: dict[str, str] = {}
+    threads_before = torch.get_num_threads()
+    tuned = allocator and _mallopt(_KEEP_BLOCKS)
+    if allocator:
+        settings["allocator"] = "glibc keeps freed blocks" if tuned else "untouched: the C library is not glibc"
+    if threads is not None:
+        torch.set_num_threads(threads)
+        settings["threads"] = f"{threads}: as asked"
+    if flush_denormals:
+        done = torch.set_flush_denormal(True)
+        settings["flush_denormals"] = "on: subnormals cost cycles" if done else "untouched: the processor cannot"
+    try:
+        yield settings
+    finally:
+        if tuned:
+            _mallopt(_GLIBC_DEFAULTS)
+        if threads is not None:
+            torch.set_num_threads(threads_before)
+        if flush_denormals:
+            torch.set_flush_denormal(False)
+
+
+def read_peak_memory(device: str = "cpu") -> int:
+    """Largest memory this process has held, in bytes: resident set on a CPU, allocated tensors on a CUDA device.
+
+    Linux is asked through VmHWM, which belongs to this program alone; `ru_maxrss`, used elsewhere, also counts what the
+    parent had when it forked.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

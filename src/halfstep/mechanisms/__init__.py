@@ -1,0 +1,1 @@
+"""Mechanisms of mixed precision, each usable alone; none imports another."""

@@ -1,0 +1,227 @@
+"""The fp32 truth behind 16-bit weights, for any torch optimizer.
+
+The live weight is 16 bits wide while the model runs. For the update it is widened to its fp32 truth in place, the
+optimizer does to it what it always does, and it is narrowed again:
+
+    for each chunk of parameters:  widen;  optimizer.step();  narrow
+
+The optimizer sees ordinary fp32 parameters with fp32 gradients, so its states are fp32 and any optimizer will do. Only
+one chunk is wide at a time; optimizers skip parameters that have no gradient, which is how a step is confined to it.
+
+Two ways to keep the truth:
+
+    fp32    a second, fp32 tensor.                                       2 + 4 bytes a parameter
+    split   the 16 bits that bf16 lacks.                                 2 + 2 bytes, exact
+
+`split` adds half a unit in the last place of bf16 to the fp32 word and cuts the result in two:
+
+    word      = bits32 + 0x8000                                      modulo 2^32
+    live      = word >> 16           the nearest bf16; a tie goes away from zero
+    remainder = word & 0xFFFF
+    bits32    = (live << 16 | remainder) - 0x8000                    every fp32 word comes back, bit for bit
+
+A tie has to go away from zero and not to even: rounding to even sends bits32 = ...8000 up or down by a bit that the
+16-bit remainder has no room to remember. `live` is bf16 infinity from 3.396e38 on, as in every rounding to nearest.
+
+Sources: Kalamkar et al. 2019 (arXiv 1905.12322), split SGD; Micikevicius et al. 2018, section 3.1, master weights.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from halfstep.errors import UnsupportedError
+
+HALF_ULP = 0x8000
+CHUNK = 1 << 20  # parameters that are wide at once: 8 MB of weights and gradients
+
+PARAMETERWISE = {
+    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax, torch.optim.AdamW, torch.optim.ASGD,
+    torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD,
+}  # fmt: skip
+"""Optimizers known to treat parameters one by one; any other gets all of its parameters in one chunk."""
+
+
+def split_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 tensor -> (bf16, int16 remainder), as the head of this module defines it: the readable truth.
+
+    >>> live, remainder = split_slowly(torch.tensor([1.00390625]))      # halfway between two bf16 numbers
+    >>> live.item(), remainder.item()
+    (1.0078125, 0)
+    """
+    word = (weight.view(torch.int32).to(torch.int64) + HALF_ULP) & 0xFFFFFFFF
+    live, remainder = word >> 16, word & 0xFFFF
+    return _as_int16(live).view(torch.bfloat16), _as_int16(remainder)
+
+
+def join_slowly(live: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 tensor that `split_slowly` took apart."""
+    high, low = live.view(torch.int16).to(torch.int64) & 0xFFFF, remainder.to(torch.int64) & 0xFFFF
+    bits = ((high << 16 | low) - HALF_ULP) & 0xFFFFFFFF
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+
+def _as_int16(unsigned: Tensor) -> Tensor:
+    return torch.where(unsigned >= 1 << 15, unsigned - (1 << 16), unsigned).to(torch.int16)
+
+
+def split(weight: Tensor, live: Tensor, remainder: Tensor) -> None:
+    """`split_slowly` into given tensors, by vectorised passes; `weight` is used up.
+
+    Setting the lowest bit moves every tie, and nothing else, past the halfway point, so that torch's rounding to nearest
+    even rounds as the definition asks. NaN is the one exception: torch makes it canonical, the definition need not.
+    """
+    bits = weight.view(torch.int32)
+    remainder.copy_(bits)  # keeps the low 16 bits: conversion to a narrower integer wraps
+    remainder.bitwise_xor_(-HALF_ULP)  # ... and adding 0x8000 to 16 bits modulo 2^16 is flipping the top one
+    bits.bitwise_or_(1)
+    live.copy_(weight)
+
+
+def join(live: Tensor, remainder: Tensor) -> Tensor:
+    """`join_slowly` by vectorised passes: bits32 = (live << 16) + signed low bits."""
+    weight = live.to(torch.float32)
+    weight.view(torch.int32).add_(remainder.bitwise_xor(-HALF_ULP))
+    return weight
+
+
+@dataclass
+class _Truth:
+    """How one parameter's fp32 value is kept while its live weight is narrow."""
+
+    kind: str
+    dtype: torch.dtype
+    live: Tensor
+    kept: Tensor  # split: int16 remainder; fp32: the fp32 value
+
+    @staticmethod
+    def of(weight: Tensor, kind: str, dtype: torch.dtype) -> "_Truth":
+        live = torch.empty_like(weight, dtype=dtype)
+        kept = torch.empty_like(weight, dtype=torch.int16) if kind == "split" else torch.empty(0)
+        truth = _Truth(kind, dtype, live, kept)
+        truth.write(weight.clone())
+        return truth
+
+    def read(self) -> Tensor:
+        """The fp32 value; for `fp32` the kept tensor itself."""
+        return join(self.live, self.kept) if self.kind == "split" else self.kept
+
+    def write(self, weight: Tensor) -> None:
+        """Take an fp32 tensor over as the new value."""
+        if self.kind == "split":
+            split(weight, self.live, self.kept)
+        else:
+            self.kept = weight
+            self.live.copy_(weight)
+
+
+class MasterWeights:
+    """Keeps parameters narrow, and steps an optimizer on their fp32 truth.
+
+    >>> layer = nn.Linear(4, 4)
+    >>> masters = MasterWeights()
+    >>> masters.narrow(layer.weight, torch.bfloat16, "split")
+    >>> layer.weight.dtype, masters.read(layer.weight).dtype
+    (torch.bfloat16, torch.float32)
+    """
+
+    def __init__(self) -> None:
+        self._truths: dict[nn.Parameter, _Truth] = {}
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._truths
+
+    def __len__(self) -> int:
+        return len(self._truths)
+
+    def narrow(self, parameter: nn.Parameter, dtype: torch.dtype, kind: str) -> None:
+        """Make a parameter's live weight `dtype` and keep its fp32 truth as `kind`: fp32, split or none.
+
+        Raises UnsupportedError for a split behind anything but bf16: fp16 is not a prefix of fp32.
+        """
+        if kind == "split" and dtype is not torch.bfloat16:
+            raise UnsupportedError(f"master 'split' works behind bf16 weights; got {dtype}; use master='fp32'")
+        parameter.grad = None
+        if kind == "none":
+            parameter.data = parameter.data.to(dtype)
+            return
+        truth = _Truth.of(parameter.data, kind, dtype)
+        self._truths[parameter] = truth
+        parameter.data = truth.live
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter in fp32: its truth where one is kept, else the live weight converted."""
+        truth = self._truths.get(parameter)
+        return truth.read().clone() if truth else parameter.detach().to(torch.float32)
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the parameter from an fp32 tensor, truth and live weight."""
+        if parameter in self._truths:
+            self._truths[parameter].write(value.detach().to(parameter.device, torch.float32).clone())
+        else:
+            parameter.data.copy_(value)
+
+    def widen(self, parameter: nn.Parameter) -> None:
+        """Give a parameter back its fp32 truth for good."""
+        truth = self._truths.pop(parameter, None)
+        parameter.grad = None
+        parameter.data = truth.read() if truth else parameter.data.to(torch.float32)
+
+    def step(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float = 1.0) -> None:
+        """One optimizer step with `gradients` times `factor`, chunk by chunk; leaves no gradient behind.
+
+        The gradients are used up.
+        """
+        for parameter in gradients:
+            parameter.grad = None
+        for chunk in self._chunks(optimizer, gradients):
+            for parameter in chunk:
+                gradient = gradients.pop(parameter)
+                truth = self._truths.get(parameter)
+                if truth:
+                    parameter.data = truth.read()
+                    gradient = gradient.to(torch.float32)
+                if factor != 1.0:
+                    gradient.mul_(factor)
+                parameter.grad = gradient.to(parameter.dtype)
+            try:
+                optimizer.step()
+            finally:
+                for parameter in chunk:
+                    parameter.grad = None
+                    if parameter in self._truths:
+                        self._truths[parameter].write(parameter.data)
+                        parameter.data = self._truths[parameter].live
+
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """All parameters at their fp32 truth inside the block, for work that must see fp32 dtypes."""
+        for parameter, truth in self._truths.items():
+            parameter.grad = None
+            parameter.data = truth.read()
+        try:
+            yield
+        finally:
+            for parameter, truth in self._truths.items():
+                truth.write(parameter.data)
+                parameter.data = truth.live
+
+    def _chunks(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """Parameters that are already wide in the first chunk, the others in chunks of about CHUNK numbers."""
+        narrow = [p for p in parameters if p in self._truths]
+        wide = [p for p in parameters if p not in self._truths]
+        if not narrow or type(optimizer) not in PARAMETERWISE:
+            yield wide + narrow
+            return
+        chunk, size = wide, 0
+        for parameter in narrow:
+            if chunk and size + parameter.numel() > CHUNK:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(parameter)
+            size += parameter.numel()
+        yield chunk

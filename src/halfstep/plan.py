@@ -1,0 +1,305 @@
+"""Plans: which module gets which number formats, as a frozen value that can be read, saved and compared.
+
+A plan is an ordered list of rules. A rule has keys (which modules it is for) and settings (what they get):
+
+    keys       path     dotted module path: a glob (`*` within one name, `**` across names) or `re:` and a regex
+               kind     linear | conv | embedding | norm | attention | recurrent
+    settings   compute  format of the module's inputs and products
+               output   format of what it returns; left out: as computed
+               storage  format its live weights are kept in
+               master   how the fp32 truth behind 16-bit weights is kept: fp32 | split | none
+               cast     where activations are converted: `op` (every operation under the module, as torch.autocast
+                        does it) or `unit` (only around the module itself)
+
+For each setting of a module, the first rule that matches the module and states the setting decides; what no rule
+states is fp32, uncast. A rule that names a path and matches nothing is an error, because it is nearly always a typo.
+A rule that names only a kind may match nothing: "all embeddings" is a policy, also for a model without any.
+
+Formats are named by string, so the file can be read without torch. A plan has three written forms, all of which
+round-trip: text (`str(plan)`, one rule a line), TOML and JSON.
+"""
+
+import functools
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from halfstep.errors import PlanError, describe_unknown
+from halfstep.numerics.formats import find_format
+
+SCHEMA = 1
+KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
+MASTERS = ("fp32", "split", "none")
+CASTS = ("op", "unit")
+LOSS_SCALES = ("none", "dynamic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one module gets. The defaults are plain fp32 training."""
+
+    compute: str = "fp32"
+    output: str = ""  # "" means as computed
+    storage: str = "fp32"
+    master: str = "none"
+    cast: str = "op"
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Keys and settings; a setting that is None is left to later rules.
+
+    >>> Rule(path="head", compute="float32").compute
+    'fp32'
+
+    Raises PlanError or FormatError, naming the nearest word, for an unknown kind, format, master or cast.
+    """
+
+    path: str = "**"
+    kind: str | None = None
+    compute: str | None = None
+    output: str | None = None
+    storage: str | None = None
+    master: str | None = None
+    cast: str | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        for slot in ("compute", "output", "storage"):
+            name = getattr(self, slot)
+            if name is not None:
+                object.__setattr__(self, slot, find_format(name).name)
+        for slot, allowed in (("kind", KINDS), ("master", MASTERS), ("cast", CASTS)):
+            word = getattr(self, slot)
+            if word is not None and word not in allowed:
+                raise PlanError(describe_unknown(slot, word, allowed))
+        _compile(self.path)
+
+    @property
+    def names_a_path(self) -> bool:
+        return self.path != "**"
+
+    def matches(self, path: str, kind: str) -> bool:
+        """Whether the rule is for the module at `path` of that kind ("" where it is none of KINDS)."""
+        return self.kind in (None, kind) and _compile(self.path).fullmatch(path) is not None
+
+    def __str__(self) -> str:
+        """One line: the keys and settings that are stated, as `key=value`."""
+        stated = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, f.default)}
+        return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in ({"path": self.path} | stated).items())
+
+
+@functools.cache
+def _compile(path: str) -> re.Pattern[str]:
+    """A glob or `re:` pattern as a regex for fullmatch."""
+    if path.startswith("re:"):
+        source = path[3:]
+    else:
+        tokens = re.split(r"(\*\*|\*)", path)
+        source = "".join({"**": ".*", "*": r"[^.]*"}.get(token, re.escape(token)) for token in tokens)
+    try:
+        return re.compile(source)
+    except re.error as error:
+        raise PlanError(f"path '{path}' is no regular expression: {error}; check the pattern after 're:'") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """A plan laid over one model: the exact table, and the rules that named a path nothing has."""
+
+    table: Mapping[str, Settings]
+    dead: tuple[Rule, ...]
+
+    def require_alive(self) -> None:
+        """Raises PlanError, naming the nearest path, when a rule is dead."""
+        if self.dead:
+            rule = self.dead[0]
+            raise PlanError(f"rule '{rule}' matches no module: {describe_unknown('path', rule.path, self.table)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Ordered rules, and how the loss is scaled.
+
+    >>> plan = Plan.preset("bf16-mixed")
+    >>> Plan.parse(str(plan)) == plan
+    True
+    """
+
+    rules: tuple[Rule, ...] = ()
+    loss_scale: str = "none"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.loss_scale not in LOSS_SCALES:
+            raise PlanError(describe_unknown("loss_scale", self.loss_scale, LOSS_SCALES))
+
+    @staticmethod
+    def preset(name: str) -> "Plan":
+        """The plan of a precision name as Lightning Fabric spells it, or of an alias.
+
+        >>> Plan.preset("bf16").name
+        'bf16-mixed'
+
+        Raises PlanError, naming the nearest preset, when there is none.
+        """
+        name = ALIASES.get(name, name)
+        if name not in PRESETS:
+            raise PlanError(describe_unknown("precision", name, [*PRESETS, *ALIASES]))
+        return PRESETS[name]
+
+    @staticmethod
+    def parse(text: str) -> "Plan":
+        """A plan from a preset's name or from the text that `str(plan)` gives.
+
+        >>> Plan.parse("bf16-mixed").loss_scale
+        'none'
+        """
+        if "=" not in text:
+            return Plan.preset(text.strip())
+        head: dict[str, str] = {}
+        rules: list[Rule] = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError as error:
+                raise PlanError(f"line {number} of the plan cannot be read: {error}") from None
+            if not words:
+                continue
+            pairs = dict(word.split("=", 1) for word in words if "=" in word)
+            if len(pairs) != len(words):
+                raise PlanError(f"line {number} of the plan is '{line.strip()}'; write key=value words, each key once")
+            if {"name", "loss_scale"} & set(pairs):
+                head |= pairs
+            else:
+                rules.append(_rule_from(pairs))
+        return _plan_from(head | {"rule": rules})
+
+    def __str__(self) -> str:
+        """The text form: a line for the plan, then a line a rule."""
+        head = f"name={shlex.quote(self.name)} loss_scale={self.loss_scale}"
+        return "\n".join([head, *map(str, self.rules)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in TOML and JSON; settings that are not stated are left out."""
+        rules = [{key: value for key, value in asdict(rule).items() if value not in (None, "")} for rule in self.rules]
+        rules = [{"path": rule.path} | stated for rule, stated in zip(self.rules, rules, strict=True)]
+        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, "rule": rules}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Plan":
+        """The inverse of `to_dict`. Raises PlanError for another schema or an unknown key."""
+        values = dict(values)
+        schema = values.pop("schema", SCHEMA)
+        if schema != SCHEMA:
+            raise PlanError(f"the plan has schema {schema!r}; this version reads schema {SCHEMA}")
+        return _plan_from(values)
+
+    @staticmethod
+    def load(path: Path) -> "Plan":
+        """A plan from a `.toml` or `.json` file, or from any other file in text form."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan file {path} cannot be read: {error}") from None
+        try:
+            if Path(path).suffix == ".toml":
+                return Plan.from_dict(tomllib.loads(text))
+            if Path(path).suffix == ".json":
+                return Plan.from_dict(json.loads(text))
+            return Plan.parse(text)
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"plan file {path} is malformed: {error}") from None
+        except ValueError as error:
+            raise PlanError(f"plan file {path}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the plan; the form follows the suffix (`.toml`, `.json`, else text)."""
+        path = Path(path)
+        if path.suffix == ".toml":
+            text = tomli_w.dumps(self.to_dict())
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        else:
+            text = f"{self}\n"
+        path.write_text(text, encoding="utf-8")
+
+    def resolve(self, modules: Mapping[str, str]) -> Resolution:
+        """Lay the rules over modules given as path -> kind ("" for none of KINDS; the model itself has path "").
+
+        >>> Plan(rules=(Rule(path="*.head", compute="bf16"),)).resolve({"a.head": "linear"}).table["a.head"].compute
+        'bf16'
+        """
+        table = {path: self._settings_for(path, kind) for path, kind in modules.items()}
+        alive = {rule for rule in self.rules for path, kind in modules.items() if rule.matches(path, kind)}
+        dead = tuple(rule for rule in self.rules if rule.names_a_path and rule not in alive)
+        return Resolution(table=table, dead=dead)
+
+    def _settings_for(self, path: str, kind: str) -> Settings:
+        settings: dict[str, str] = {}
+        for rule in self.rules:
+            if rule.matches(path, kind):
+                for slot in fields(Settings):
+                    value = getattr(rule, slot.name)
+                    if value not in (None, ""):
+                        settings.setdefault(slot.name, value)
+        return replace(Settings(), **settings)
+
+
+def _rule_from(values: Mapping[str, Any]) -> Rule:
+    allowed = [f.name for f in fields(Rule)]
+    for key, value in values.items():
+        if key not in allowed:
+            raise PlanError(describe_unknown("key in a rule", key, allowed))
+        if not isinstance(value, str):
+            raise PlanError(f"rule key '{key}' takes a string; got {value!r}")
+    return Rule(**values)
+
+
+def _plan_from(values: Mapping[str, Any]) -> Plan:
+    values = dict(values)
+    rules = values.pop("rule", [])
+    for key, value in values.items():
+        if key not in ("name", "loss_scale"):
+            raise PlanError(describe_unknown("key in a plan", key, ["schema", "name", "loss_scale", "rule"]))
+        if not isinstance(value, str):
+            raise PlanError(f"plan key '{key}' takes a string; got {value!r}")
+    if not isinstance(rules, list):
+        raise PlanError("'rule' takes a list of tables; write [[rule]]")
+    return Plan(rules=tuple(rule if isinstance(rule, Rule) else _rule_from(rule) for rule in rules), **values)
+
+
+def _mixed(compute: str, **plan: str) -> Plan:
+    rule = Rule(compute=compute, storage="fp32", cast="op")
+    return Plan(rules=(rule,), **plan)
+
+
+def _true(storage: str, **plan: str) -> Plan:
+    """Weights, activations and gradients in one 16-bit format. Statistics of normalisation stay fp32, as they do
+    inside every 16-bit kernel; the model returns fp32, so that the loss is summed in fp32."""
+    return Plan(
+        rules=(
+            Rule(path="", output="fp32"),
+            Rule(kind="norm", compute="fp32", storage="fp32", output=storage, cast="unit"),
+            Rule(compute=storage, storage=storage, master="none", cast="unit"),
+        ),
+        **plan,
+    )
+
+
+PRESETS: dict[str, Plan] = {
+    "32-true": Plan(rules=(Rule(compute="fp32", storage="fp32"),), name="32-true"),
+    "bf16-mixed": _mixed("bf16", name="bf16-mixed"),
+    "16-mixed": _mixed("fp16", name="16-mixed", loss_scale="dynamic"),
+    "bf16-true": _true("bf16", name="bf16-true"),
+    "16-true": _true("fp16", name="16-true"),
+}
+ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed"}

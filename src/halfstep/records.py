@@ -1,0 +1,295 @@
+"""Facts that are written down. Frozen values; one JSON object a line on disk.
+
+A line is `{"schema": 1, "record": "StepRecord", ...fields}`. Numbers that JSON cannot hold (NaN, infinity) are
+written as the strings "NaN", "Infinity" and "-Infinity", so that a NaN loss stays a NaN loss. Reading a line of
+another schema, an unknown record or an unknown field raises RecordError with the file and line.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from halfstep.errors import RecordError, describe_unknown
+
+SCHEMA = 1
+
+
+class Record:
+    """Root of all records; pydantic reads and writes the dataclasses below through this configuration."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Record):
+    """A timed operation. `shape` is (m, k, n) for a matmul; (batch, in, out, height, width, kernel, stride, groups) for conv."""
+
+    operation: str  # matmul | conv2d | cast | copy | dispatch
+    product: str  # output | grad_input | grad_weight | all; "" where it does not apply
+    format: str
+    shape: tuple[int, ...]
+    milliseconds: float  # median
+    rate: float = 0.0  # GFLOP/s for products, GB/s for casts and copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability(Record):
+    """What the machine does with a format, why we say so, and how its products compare with fp32."""
+
+    format: str
+    status: Literal["native", "emulated", "slower", "unsupported"]
+    ratio: float | None  # time in fp32 / time in this format: geometric mean over the timed matmul shapes
+    ratio_best: float | None  # the same, at the shape where the format does best
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareProfile(Record):
+    """One machine, as it was measured."""
+
+    device: str  # cpu | cuda
+    machine: str  # the processor's own name
+    unit: str  # instruction set or Tensor Core generation
+    torch_version: str
+    threads: int
+    date: str
+    capabilities: tuple[Capability, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+
+    def find_capability(self, format_name: str) -> Capability | None:
+        return next((c for c in self.capabilities if c.format == format_name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome(Record):
+    """What one call of `Stepper.step` did.
+
+    >>> StepOutcome(status="applied", step=1, scale_before=1.0, scale_after=1.0).applied
+    True
+    """
+
+    status: Literal["applied", "skipped", "accumulated"]
+    step: int  # optimizer steps applied so far
+    scale_before: float
+    scale_after: float
+    cause: str = ""  # why a step was skipped; empty otherwise
+    tensors: tuple[str, ...] = ()  # parameters whose gradient was not finite, in the model's order
+    gradient_norm: float | None = None  # 2-norm over all gradients after unscaling, before clipping
+
+    @property
+    def applied(self) -> bool:
+        return self.status == "applied"
+
+    @property
+    def skipped(self) -> bool:
+        return self.status == "skipped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Record):
+    """One training step as it was written down."""
+
+    step: int  # batches seen, from 1
+    loss: float
+    milliseconds: float  # forward, backward and update
+    samples: int
+    learning_rate: float
+    outcome: StepOutcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(Record):
+    """The held-out metric after a step."""
+
+    step: int
+    metric: str
+    value: float
+    train_seconds: float  # time spent in steps until here; evaluation is not counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord(Record):
+    """What a plan gave one module, and why."""
+
+    path: str
+    kind: str
+    compute: str
+    storage: str
+    master: str
+    parameters: int
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord(Record):
+    """The plan in force from a step on, as text, with what it came to layer by layer."""
+
+    step: int
+    plan: str
+    layers: tuple[LayerRecord, ...]
+    why: str = ""
+    seconds: float = 0.0  # time that choosing it took
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """The head of a run: what is trained, how, on what."""
+
+    task: str
+    arm: str
+    precision: str
+    seed: int
+    steps: int
+    recipe: str  # the recipe's TOML text
+    machine: str
+    torch_version: str
+    threads: int
+    date: str
+    settings: dict[str, str] = field(default_factory=dict)  # process settings and their reasons
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndRecord(Record):
+    """The end of a run."""
+
+    step: int
+    reason: str  # finished | interrupted
+    peak_memory_bytes: int
+    skipped_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Record):
+    """A point of a learning curve: the mean over seeds after `step` steps and `seconds` of training."""
+
+    step: int
+    seconds: float
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult(Record):
+    """What one way of training came to, over all seeds."""
+
+    name: str
+    verdict: str  # reference | equivalent | worse | better | inconclusive | not trained | not tested
+    metric_mean: float
+    metric_sd: float
+    metrics: tuple[float, ...]  # one a seed
+    difference: float  # metric minus the reference's, mean over paired seeds
+    interval: tuple[float, float]  # 90 % confidence interval of the difference
+    step_ms: float  # median over steps and seeds, without the first tenth
+    step_ms_spread: tuple[float, float]  # the same for the fastest and for the slowest turn
+    peak_memory_bytes: int  # largest over seeds
+    skipped_steps: int
+    seconds_to_target: float | None = None  # training time until the target metric; None when it was not reached
+    setup_seconds: float = 0.0  # of it, choosing the plan
+    speedup: dict[str, float] = field(default_factory=dict)  # rival -> its time per step over ours
+    memory_ratio: dict[str, float] = field(default_factory=dict)  # rival -> our peak memory over its
+    loss: tuple[Point, ...] = ()
+    evaluations: tuple[Point, ...] = ()
+    plan: PlanRecord | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecord(Record):
+    """Several ways of training the same thing, from paired seeds, side by side."""
+
+    recipe_name: str
+    recipe: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    margin: float
+    target: float
+    seeds: int
+    steps: int
+    machine: str
+    torch_version: str
+    threads: int
+    date: str
+    seconds: float
+    command: str
+    arms: tuple[ArmResult, ...]
+    control: str  # what the gate said of the arm that it must reject
+    gate_works: bool
+    speedup: dict[str, float] = field(default_factory=dict)  # of the arm `halfstep`
+    memory_ratio: dict[str, float] = field(default_factory=dict)
+
+
+KINDS: dict[str, type[Record]] = {
+    kind.__name__: kind
+    for kind in (
+        Measurement, Capability, HardwareProfile, StepOutcome, StepRecord, EvaluationRecord,
+        LayerRecord, PlanRecord, RunRecord, EndRecord, Point, ArmResult, ComparisonRecord,
+    )
+}  # fmt: skip
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(KINDS[name])
+
+
+def encode(record: Record) -> str:
+    """One JSON object on one line.
+
+    >>> encode(EndRecord(step=3, reason="finished", peak_memory_bytes=0, skipped_steps=0))[:36]
+    '{"schema":1,"record":"EndRecord","st'
+    """
+    body = _adapter(type(record).__name__).dump_json(record).decode()
+    head = f'{{"schema":{SCHEMA},"record":"{type(record).__name__}"'
+    return head + ("," + body[1:] if body != "{}" else "}")
+
+
+def decode(line: str) -> Record:
+    """The record of a line. Raises RecordError for another schema, an unknown record or an unknown field."""
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not a JSON object: {line[:60]!r} ({error.msg})") from None
+    if not isinstance(fields, dict) or fields.pop("schema", None) != SCHEMA:
+        raise RecordError(f"not a record of schema {SCHEMA}: {line[:60]!r}")
+    name = fields.pop("record", None)
+    if name not in KINDS:
+        raise RecordError(describe_unknown("record", name, KINDS))
+    kind = KINDS[name]
+    try:
+        record: Record = _adapter(name).validate_python(fields)
+    except ValidationError as error:
+        raise RecordError(f"{name}: {_first_problem(error, kind)}") from None
+    return record
+
+
+def _first_problem(error: ValidationError, kind: type) -> str:
+    """The first of pydantic's complaints as one of ours."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return describe_unknown("field", where, [f.name for f in dataclasses.fields(kind)])
+    return f"field '{where}': {problem['msg']} (got {problem['input']!r:.60})"
+
+
+def append(file: IO[str], records: Iterable[Record]) -> None:
+    """Write records at the end of an open file and hand them to the system at once."""
+    for record in records:
+        file.write(encode(record) + "\n")
+    file.flush()
+
+
+def read(path: Path) -> Iterator[Record]:
+    """All records of a file. A last line that was cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield decode(line)
+        except RecordError as error:
+            raise RecordError(f"{path}, line {number}: {error}") from None

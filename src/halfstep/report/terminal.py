@@ -1,0 +1,158 @@
+"""Records as tables for the terminal."""
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, LayerRecord, Measurement, PlanRecord
+
+_COLOURS = {
+    "native": "green", "emulated": "yellow", "slower": "red", "unsupported": "dim",
+    "equivalent": "green", "reference": "default", "better": "green", "worse": "red", "inconclusive": "yellow",
+    "not trained": "red", "not tested": "yellow",
+}  # fmt: skip
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=column not in ("why",))
+    return table
+
+
+def _word(word: str) -> Text:
+    return Text(word, style=_COLOURS.get(word, "default"))
+
+
+def show_profile(profile: HardwareProfile) -> RenderableType:
+    """The machine, a verdict for each format, and the times behind it."""
+    head = Text(f"{profile.machine}; {profile.unit}; torch {profile.torch_version}, {profile.threads} threads")
+    verdicts = _table("format", "verdict", ">speed, fp32 = 1", ">at best", "why", title="Formats")
+    for c in profile.capabilities:
+        ratio, best = (f"{r:.2f}" if r else "-" for r in (c.ratio, c.ratio_best))
+        verdicts.add_row(c.format, _word(c.status), ratio, best, c.why)
+    parts: list[RenderableType] = [head, verdicts]
+    for operation, shape in (
+        ("matmul", "m x k x n"),
+        ("conv2d", "batch x in x out x h x w x kernel x stride x groups"),
+    ):
+        title = f"{operation} {shape}: GFLOP/s of output / grad_input / grad_weight"
+        table = show_rates([m for m in profile.measurements if m.operation == operation], title)
+        parts += [table] if table.row_count else []
+    memory = [m for m in profile.measurements if m.operation in ("copy", "cast")]
+    if memory:
+        names = {"copy": "copy in fp32", "cast": "cast fp32 -> bf16"}
+        said = [f"{names[m.operation]} of {m.shape[0]:,} numbers {m.rate:.0f} GB/s" for m in memory]
+        parts.append(Text(f"Memory: {'; '.join(said)}"))
+    for m in profile.measurements:
+        if m.operation == "dispatch":
+            parts.append(Text(f"Dispatch: {1000 * m.milliseconds:.1f} microseconds an operation, however small"))
+    return Group(*parts)
+
+
+def show_rates(measured: Iterable[Measurement], title: str) -> Table:
+    """Shapes down, formats across: output / grad_input / grad_weight."""
+    rates: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    for m in measured:
+        rates.setdefault(m.shape, {}).setdefault(m.format, []).append(m.rate)
+    formats = list(dict.fromkeys(f for row in rates.values() for f in row))
+    table = _table("shape", *(f">{f}" for f in formats), title=title)
+    for shape, row in rates.items():
+        cells = [" / ".join(f"{r:.3g}" if r < 10 else f"{r:.0f}" for r in row[f]) if f in row else "-" for f in formats]
+        table.add_row("x".join(map(str, shape)), *cells)
+    return table
+
+
+def show_plan(plan: PlanRecord) -> RenderableType:
+    """What a plan came to, layer by layer; neighbours that got the same for the same reason share a row."""
+    table = _table("module", "kind", "compute", "weights", ">parameters", "why", title="Plan")
+    for row in group_layers(plan.layers):
+        table.add_row(row.path, row.kind, row.compute, describe_storage(row), f"{row.parameters:,}", row.why)
+    return Group(table, Text(plan.why)) if plan.why else table
+
+
+def describe_storage(layer: LayerRecord) -> str:
+    """Storage and master in words: "fp32", or "bf16 + split"."""
+    return layer.storage if layer.storage == "fp32" else f"{layer.storage} + {layer.master}"
+
+
+def group_layers(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
+    """Layers of equal settings and reason in one record each, in order, with their parameters added up."""
+    groups: dict[tuple[str, str, str, str, str], list[LayerRecord]] = {}
+    for layer in layers:
+        groups.setdefault((layer.kind, layer.compute, layer.storage, layer.master, layer.why), []).append(layer)
+    merged = []
+    for (kind, compute, storage, master, why), members in groups.items():
+        path = members[0].path or "(model)"
+        path += f" and {len(members) - 1} more" if len(members) > 1 else ""
+        merged.append(LayerRecord(path=path, kind=kind, compute=compute, storage=storage, master=master, why=why,
+                                  parameters=sum(m.parameters for m in members)))  # fmt: skip
+    return merged
+
+
+def show_comparison(comparison: ComparisonRecord) -> RenderableType:
+    """One row an arm, what halfstep gained over each, what the gate said of its control, and a sentence to quote."""
+    c = comparison
+    direction = "higher" if c.higher_is_better else "lower"
+    title = f"{c.recipe_name}: {c.seeds} seeds, {c.steps} steps"
+    table = _table(
+        "arm", f">{c.metric}", "verdict", ">ms/step", ">x fp32", ">peak MB", ">skips", ">s to target", title=title
+    )
+    against = _table("arm", f">{c.metric} minus fp32's", ">90 % interval", title="Difference to fp32")
+    gains = _table("halfstep against", ">speed", ">memory", title="Gain")
+    for arm in c.arms:
+        cells = describe_arm(arm)
+        table.add_row(arm.name, cells["metric"], _word(arm.verdict), cells["ms"], cells["speed"], cells["peak"], cells["skips"], cells["target"],
+                      style="bold" if arm.name == "halfstep" else None)  # fmt: skip
+        if arm.verdict != "reference":
+            against.add_row(arm.name, cells["difference"], cells["interval"])
+    for rival, ratio in c.speedup.items():
+        gains.add_row(rival, f"{ratio:.2f} x", f"{c.memory_ratio[rival]:.2f} x")
+    target = f"{c.metric}: {direction} is better; equal within {c.margin:g} {c.unit}; target {c.target:.4g}"
+    gate = f"control (must be rejected): {c.control}; the gate {'works' if c.gate_works else 'FAILED: verdicts mean nothing'}"
+    return Group(
+        table, against, *([gains] if c.speedup else []), Text(target), Text(gate), Text(conclude(c), style="bold")
+    )
+
+
+def describe_arm(arm: ArmResult) -> dict[str, str]:
+    """An arm's numbers in words."""
+    low, high = arm.interval
+    return {
+        "metric": f"{arm.metric_mean:.4f} ± {arm.metric_sd:.4f}",
+        "difference": f"{arm.difference:+.4f}",
+        "interval": f"{low:+.4f} .. {high:+.4f}",
+        "ms": f"{arm.step_ms:.1f}",
+        "speed": f"{arm.speedup.get('fp32', 1.0):.2f}",
+        "peak": f"{arm.peak_memory_bytes / 2**20:.0f}",
+        "skips": str(arm.skipped_steps),
+        "target": f"{arm.seconds_to_target:.1f}" if arm.seconds_to_target is not None else "never",
+    }
+
+
+def conclude(c: ComparisonRecord) -> str:
+    """One sentence that a reader may quote, gain or no gain.
+
+    A speed within 3 % counts as the same: medians on a shared machine repeat no better.
+    """
+    ours = next((a for a in c.arms if a.name == "halfstep"), None)
+    if ours is None or not c.gate_works:
+        distrust = "The control was not rejected: no verdict here can be trusted. Train longer or use more seeds."
+        return "" if c.gate_works else distrust
+    gains = [f"{_times(ratio)} {rival}" for rival, ratio in ours.speedup.items()]
+    memory = [f"{100 * (ratio - 1):+.0f} % memory of {rival}" for rival, ratio in ours.memory_ratio.items()]
+    held = {"equivalent": "at equal accuracy", "better": "at better accuracy"}.get(
+        ours.verdict, f"but accuracy is {ours.verdict}"
+    )
+    lead = "" if max(ours.speedup.values(), default=1.0) > 1.03 else "No gain here: "
+    return f"{lead}halfstep is {', '.join(gains)}, {held}; {', '.join(memory)}."
+
+
+def _times(ratio: float) -> str:
+    if ratio > 1.03:
+        return f"{ratio:.2f} times as fast as"
+    return "as fast as" if ratio > 0.97 else f"slower ({ratio:.2f} times the speed) than"

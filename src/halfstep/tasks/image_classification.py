@@ -1,0 +1,275 @@
+"""Image classification.
+
+data    digits (scikit-learn, embedded) | fashion-mnist (the system package dataset-fashion-mnist, a folder of its four
+        idx files, or torchvision's download) | cifar10 (a folder of train.parquet and test.parquet in the hub's
+        schema, or the hub)
+model   cnn (conv 3x3 to 32 channels, ReLU, 2x2 pool, linear) | resnet9 | resnet18
+loss    cross-entropy
+metric  accuracy on held-out images in percent, higher is better
+"""
+
+import gzip
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfstep.errors import DataError, MissingExtraError
+from halfstep.training import Metric, TrainSettings
+
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the recipe's [task] table holds."""
+
+    dataset: Literal["digits", "fashion-mnist", "cifar10"] = "digits"
+    data: str = ""  # a folder; "" means where the data set usually is
+    model: Literal["cnn", "resnet9", "resnet18"] = "cnn"
+    width: int = 64  # channels of a ResNet's first stage
+    augment: bool = False  # pad by 4 and crop, flip left-right
+    flip_average: bool = False  # average the prediction over the image and its mirror image
+    label_smoothing: float = 0.0
+    margin: float = 0.5  # percentage points
+
+
+@dataclass(frozen=True)
+class Images:
+    """Train and held-out images, [count, channels, height, width] fp32, and labels [count] int64."""
+
+    train: Tensor
+    train_labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+
+
+def read_digits(_: str) -> Images:
+    """scikit-learn's digits: 1,797 images of 8x8, every fifth held out."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise MissingExtraError("scikit-learn", "images", "the digits data set")
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels, dtype=torch.int64)
+    held_out = torch.arange(len(y)) % 5 == 0
+    return Images(x[~held_out], y[~held_out], x[held_out], y[held_out])
+
+
+def read_fashion(data: str) -> Images:
+    """Fashion-MNIST: 60,000 and 10,000 images of 28x28, from idx files as upstream and Debian ship them."""
+    folder = Path(data) if data else FASHION_FOLDER
+    if not data and not folder.exists():
+        folder = _download_fashion()
+
+    def read(name: str, offset: int) -> Tensor:
+        for path in (folder / f"{name}.gz", folder / name):
+            if path.exists():
+                raw = path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes())
+                return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=offset)
+        raise DataError(f"'{folder}' has no {name}.gz; give the folder of Fashion-MNIST's four idx files as data")
+
+    def load(split: str) -> tuple[Tensor, Tensor]:
+        x = read(f"{split}-images-idx3-ubyte", 16).view(-1, 1, 28, 28).float() / 255
+        return x, read(f"{split}-labels-idx1-ubyte", 8).long()
+
+    return Images(*load("train"), *load("t10k"))
+
+
+def _download_fashion() -> Path:
+    if importlib.util.find_spec("torchvision") is None:
+        raise DataError(
+            "Fashion-MNIST is not on this machine; install the system package dataset-fashion-mnist, give its folder as "
+            "data, or install torchvision, which downloads it"
+        )
+    import platformdirs
+    from torchvision.datasets import FashionMNIST
+
+    root = Path(platformdirs.user_cache_dir("halfstep")) / "data"
+    FashionMNIST(str(root), download=True)
+    return root / "FashionMNIST" / "raw"
+
+
+def read_cifar10(data: str) -> Images:
+    """CIFAR-10: 50,000 and 10,000 images of 32x32, from parquet files in the schema of uoft-cs/cifar10, or from there."""
+    train, test = _find_cifar_tables(data)
+    return Images(*_decode(train), *_decode(test))
+
+
+def _find_cifar_tables(data: str) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    if not data:
+        if importlib.util.find_spec("datasets") is None:
+            raise DataError(
+                "CIFAR-10 is read from a folder with train.parquet and test.parquet (give it as data), or from the hub, "
+                "which needs: pip install 'halfstep[hub]'"
+            )
+        from datasets import Image, load_dataset
+
+        hub = load_dataset("uoft-cs/cifar10").cast_column("img", Image(decode=False))
+        return list(hub["train"]), list(hub["test"])
+    if importlib.util.find_spec("pyarrow") is None:
+        raise MissingExtraError("pyarrow", "images", "reading parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    tables = []
+    for split in ("train", "test"):
+        path = Path(data) / f"{split}.parquet"
+        try:
+            tables.append(pyarrow.parquet.read_table(path).to_pylist())
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"'{path}' cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    return tables[0], tables[1]
+
+
+def _decode(rows: list[dict[str, object]]) -> tuple[Tensor, Tensor]:
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingExtraError("pillow", "images", "decoding images")
+    from PIL import Image
+
+    if not rows or "img" not in rows[0] or "label" not in rows[0]:
+        raise DataError(f"expected columns img and label; got {', '.join(rows[0]) if rows else 'no rows'}")
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")) for row in rows])  # type: ignore[index]
+    labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, labels
+
+
+READERS: dict[str, Callable[[str], Images]] = {
+    "digits": read_digits,
+    "fashion-mnist": read_fashion,
+    "cifar10": read_cifar10,
+}
+
+
+def build_cnn(channels: int, size: int, classes: int, _: int) -> nn.Module:
+    """The convolution-pool-linear network that tutorials start with."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * ((size - 2) // 2) ** 2, classes),
+    )
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1, *, pool: bool = False, kernel: int = 3) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """relu(body(x) + shortcut(x))."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def build_resnet9(channels: int, _size: int, classes: int, width: int) -> nn.Module:
+    """Nine layers for 32x32 images: pooling instead of strides, residual blocks after the second and fourth stage."""
+    w = width
+    return nn.Sequential(
+        _conv(channels, w),
+        _conv(w, 2 * w, pool=True),
+        Residual(nn.Sequential(_conv(2 * w, 2 * w), _conv(2 * w, 2 * w)), nn.Identity()),
+        _conv(2 * w, 4 * w, pool=True),
+        _conv(4 * w, 4 * w, pool=True),
+        Residual(nn.Sequential(_conv(4 * w, 4 * w), _conv(4 * w, 4 * w)), nn.Identity()),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * w, classes),
+    )
+
+
+def build_resnet18(channels: int, _size: int, classes: int, width: int) -> nn.Module:
+    """He et al. 2015, with the 3x3 stem that 32x32 images ask for (section 4.2)."""
+
+    def block(inputs: int, outputs: int, stride: int) -> Residual:
+        body = nn.Sequential(
+            _conv(inputs, outputs, stride), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        )
+        same = stride == 1 and inputs == outputs
+        cut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        return Residual(body, nn.Identity() if same else cut)
+
+    w = width
+    stages = [block(w, w, 1), block(w, w, 1)]
+    for narrow in (w, 2 * w, 4 * w):
+        stages += [block(narrow, 2 * narrow, 2), block(2 * narrow, 2 * narrow, 1)]
+    return nn.Sequential(_conv(channels, w), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * w, classes))
+
+
+MODELS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    "cnn": build_cnn, "resnet9": build_resnet9, "resnet18": build_resnet18,
+}  # fmt: skip
+
+
+class ImageClassification:
+    """The task; see the head of this module."""
+
+    def __init__(self, options: Options, settings: TrainSettings, device: str = "cpu") -> None:
+        self.options, self.settings, self.device = options, settings, device
+        self.metric = Metric(name="accuracy", unit="%", higher_is_better=True, margin=options.margin)
+        images = READERS[options.dataset](options.data)
+        if not len(images.train) or not len(images.held_out):
+            raise DataError(f"'{options.data}' holds no images to train on or none held out")
+        mean = images.train.mean((0, 2, 3), keepdim=True)
+        std = images.train.std((0, 2, 3), keepdim=True)
+        self.images = Images(
+            (images.train - mean) / std, images.train_labels, (images.held_out - mean) / std, images.held_out_labels
+        )
+
+    def build_model(self) -> nn.Module:
+        torch.manual_seed(self.settings.seed)
+        _, channels, size, _ = self.images.train.shape
+        classes = int(self.images.train_labels.max()) + 1
+        return MODELS[self.options.model](channels, size, classes, self.options.width).to(self.device)
+
+    def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of a step: a slice of its epoch's shuffle, augmented by noise of seed and step alone."""
+        size, count = self.settings.batch_size, len(self.images.train)
+        per_epoch = max(1, count // size)
+        epoch, place = divmod(step - 1, per_epoch)
+        noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        chosen = torch.randperm(count, generator=noise)[place * size : (place + 1) * size]
+        x, y = self.images.train[chosen], self.images.train_labels[chosen]
+        if self.options.augment:
+            x = augment(x, torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step))
+        return x.to(self.device), y.to(self.device)
+
+    def measure_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels, label_smoothing=self.options.label_smoothing)
+
+    def evaluate(self, model: nn.Module) -> float:
+        right = 0
+        for x, y in zip(self.images.held_out.split(500), self.images.held_out_labels.split(500), strict=True):
+            x, y = x.to(self.device), y.to(self.device)
+            logits = model(x).float()
+            if self.options.flip_average:
+                logits = logits.softmax(1) + model(x.flip(3)).float().softmax(1)
+            right += int((logits.argmax(1) == y).sum())
+        return 100 * right / len(self.images.held_out)
+
+
+def augment(x: Tensor, noise: torch.Generator, pad: int = 4) -> Tensor:
+    """[batch, channels, height, width] -> the same, each image shifted by up to `pad` pixels and mirrored or not."""
+    batch, _, height, width = x.shape
+    padded = F.pad(x, [pad] * 4, mode="reflect")
+    top, left = (torch.randint(2 * pad + 1, (batch, 1), generator=noise) for _ in range(2))
+    mirrored = torch.rand(batch, 1, generator=noise) < 0.5
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

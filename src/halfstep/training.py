@@ -1,0 +1,313 @@
+"""The loop, read from top to bottom.
+
+A task says what is trained (model, data, loss, metric), settings say how, a stepper makes each step. `train_steps` is a
+generator: it yields a record after every step and every evaluation, and between two records nothing runs, so whoever
+drives it may pause, save or stop there. `Run` drives it for `halfstep train`: record on disk, checkpoints, resume.
+
+Batches are a pure function of the step's number, so that the position in the data is that number and nothing else.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from halfstep import records
+from halfstep.checkpoint import load_checkpoint, save_checkpoint
+from halfstep.errors import CheckpointError, DataError, RecordError
+from halfstep.machine.runtime import read_peak_memory
+from halfstep.records import EndRecord, EvaluationRecord, PlanRecord, Record, StepOutcome, StepRecord
+from halfstep.stepper import Stepper
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a task is trained; every task has its own defaults in its recipe."""
+
+    steps: int = 100
+    batch_size: int = 16
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9  # sgd
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
+    warmup: int = 0  # steps of linear warm-up
+    step_every: int = 1000  # schedule "step": multiply by gamma every so many steps
+    gamma: float = 0.7
+    clip: float = 0.0  # largest gradient norm; 0 means no clipping
+    accumulate: int = 1  # micro-batches in one update
+    evaluations: int = 5  # evenly spread, the last one after the last step
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a task is judged by on held-out data. `margin` is the difference to fp32 that still counts as equal."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    margin: float
+
+
+class Task(Protocol):
+    """One thing to train. Batches and initial weights depend on the seed and the step alone."""
+
+    metric: Metric
+
+    def build_model(self) -> nn.Module: ...
+
+    def make_batch(self, step: int) -> tuple[Tensor, Tensor]: ...
+
+    def measure_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor: ...
+
+    def evaluate(self, model: nn.Module) -> float: ...
+
+
+class Steps(Protocol):
+    """What makes a step: halfstep's Stepper, or a rival's loop in `comparison`."""
+
+    model: nn.Module
+    skipped: int
+    plan_record: PlanRecord | None
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+    def step(self, loss: Tensor) -> StepOutcome: ...
+
+
+def build_optimizer(model: nn.Module, settings: TrainSettings, *, fused: bool) -> Optimizer:
+    """The optimizer of a recipe. Weight decay leaves out biases and norms (all one-dimensional parameters)."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    choose = fused or None
+    if settings.optimizer == "sgd":
+        nesterov = settings.momentum > 0
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=choose)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=settings.lr, fused=choose)
+
+
+def build_schedule(optimizer: Optimizer, settings: TrainSettings) -> LambdaLR:
+    """Learning rate over applied steps: linear warm-up, then the recipe's schedule."""
+    updates = max(1, settings.steps // settings.accumulate)
+
+    def factor(step: int) -> float:
+        if step < settings.warmup:
+            return (step + 1) / settings.warmup
+        done = min(1.0, (step - settings.warmup) / max(1, updates - settings.warmup))
+        match settings.schedule:
+            case "cosine":
+                return 0.5 * (1 + math.cos(math.pi * done))
+            case "linear":
+                return 1.0 - done
+            case "step":
+                return settings.gamma ** (step // settings.step_every)
+            case _:
+                return 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def evaluation_steps(settings: TrainSettings) -> set[int]:
+    """The steps after which the task is evaluated.
+
+    >>> sorted(evaluation_steps(TrainSettings(steps=10, evaluations=2)))
+    [5, 10]
+    """
+    count = max(1, min(settings.evaluations, settings.steps))
+    return {round(settings.steps * (i + 1) / count) for i in range(count)}
+
+
+def train_steps(
+    task: Task,
+    stepper: Steps,
+    settings: TrainSettings,
+    *,
+    start: int = 0,
+    train_seconds: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[StepRecord | EvaluationRecord]:
+    """Train from step `start` on, yielding a record after every step and every evaluation."""
+    evaluate_after = evaluation_steps(settings)
+    for number in range(start + 1, settings.steps + 1):
+        batch = task.make_batch(number)
+        rate = _read_learning_rate(stepper)
+        stepper.model.train()
+        begin = clock()
+        with stepper.autocast():
+            loss = task.measure_loss(stepper.model, batch)
+        outcome = stepper.step(loss)
+        seconds = clock() - begin
+        train_seconds += seconds
+        yield StepRecord(step=number, loss=loss.item(), milliseconds=1000 * seconds, samples=len(batch[0]),
+                         learning_rate=rate, outcome=outcome)  # fmt: skip
+        if number in evaluate_after:
+            value = evaluate(task, stepper)
+            yield EvaluationRecord(step=number, metric=task.metric.name, value=value, train_seconds=train_seconds)
+
+
+def evaluate(task: Task, stepper: Steps) -> float:
+    """The task's metric on held-out data, in the precision of training."""
+    stepper.model.eval()
+    with torch.no_grad(), stepper.autocast():
+        return task.evaluate(stepper.model)
+
+
+def _read_learning_rate(stepper: Steps) -> float:
+    optimizer: Optimizer | None = getattr(stepper, "optimizer", None)
+    return float(optimizer.param_groups[0]["lr"]) if optimizer is not None else 0.0
+
+
+class Run:
+    """A run in a folder: `record.jsonl` and `checkpoint.safetensors`.
+
+    A run that is interrupted and resumed gives the same weights and the same losses as one that was not.
+    """
+
+    def __init__(self, task: Task, stepper: Stepper, settings: TrainSettings, folder: Path, *, name: str) -> None:
+        self.task, self.stepper, self.settings, self.folder, self.name = task, stepper, settings, folder, name
+        self.done = 0
+        self.train_seconds = 0.0
+        self.stop = False  # set it, from a signal handler for example, to save and end after the current step
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "record.jsonl"
+
+    def begin(self, head: Record) -> None:
+        """Start a fresh record. Raises RecordError when the folder cannot be written or holds a run already."""
+        if self.record.exists():
+            raise RecordError(f"{self.folder} holds a run already; give --resume to go on with it, or another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.record.open("w", encoding="utf-8") as file:
+                records.append(file, [head])
+        except OSError as error:
+            raise RecordError(f"{self.folder} cannot be written ({error.strerror}); give another --out") from None
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint; what the record holds beyond it is dropped.
+
+        Raises CheckpointError when the checkpoint is missing, damaged or of another model or recipe.
+        """
+        state = load_checkpoint(self.checkpoint)
+        if state["name"] != self.name:
+            raise CheckpointError(f"{self.checkpoint} is of '{state['name']}'; this recipe is '{self.name}'")
+        model_state = self.stepper.model.state_dict()
+        _require_same_shapes(self.checkpoint, state["model"], model_state)
+        self.stepper.load_state_dict(state["stepper"])
+        self.stepper.model.load_state_dict(state["model"])
+        self.stepper.optimizer.load_state_dict(state["optimizer"])
+        for scheduler, saved in zip(self.stepper.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        _set_random_states(state["random"])
+        self.done, self.train_seconds = state["done"], state["train_seconds"]
+        kept = [
+            r for r in records.read(self.record) if getattr(r, "step", 0) <= self.done and not isinstance(r, EndRecord)
+        ]
+        temporary = self.record.with_suffix(".part")
+        with temporary.open("w", encoding="utf-8") as file:
+            records.append(file, kept)
+        temporary.replace(self.record)
+
+    def save(self) -> None:
+        """Write the checkpoint. Raises CheckpointError; the one before is kept then."""
+        save_checkpoint(
+            self.checkpoint,
+            {
+                "name": self.name,
+                "done": self.done,
+                "train_seconds": self.train_seconds,
+                "model": dict(self.stepper.model.state_dict()),
+                "optimizer": self.stepper.optimizer.state_dict(),
+                "schedulers": [scheduler.state_dict() for scheduler in self.stepper.schedulers],
+                "stepper": self.stepper.state_dict(),
+                "random": _get_random_states(),
+            },
+        )
+
+    def drive(self, *, save_every: int = 0) -> Iterator[Record]:
+        """Train to the end or to `stop`, writing the record and yielding what is written.
+
+        save_every: steps between checkpoints; 0 saves at the end only. A checkpoint never falls inside an accumulation
+        window: it waits for the window's last micro-batch.
+
+        Raises DataError when the loss is not finite from the first step on.
+        """
+        plan_written: PlanRecord | None = None
+        stepped = 0
+        with self.record.open("a", encoding="utf-8") as file:
+
+            def write(record: Record) -> Record:
+                records.append(file, [record])
+                return record
+
+            for record in train_steps(
+                self.task, self.stepper, self.settings, start=self.done, train_seconds=self.train_seconds
+            ):
+                plan = self.stepper.plan_record
+                if plan is not None and plan is not plan_written:
+                    plan_written = plan
+                    yield write(plan)
+                yield write(record)
+                if isinstance(record, EvaluationRecord):
+                    continue
+                stepped += 1
+                self.done, self.train_seconds = record.step, self.train_seconds + record.milliseconds / 1000
+                if stepped == 1 and self.done == 1 and not math.isfinite(record.loss):
+                    raise DataError(
+                        f"the loss of the very first batch is {record.loss}: look for NaN in the data or labels"
+                    )
+                if record.outcome.status == "accumulated":
+                    continue
+                if self.stop and self.done < self.settings.steps:
+                    break
+                if save_every and self.done % save_every == 0:
+                    self.save()
+            self.save()
+            reason = "finished" if self.done == self.settings.steps else "interrupted"
+            device = next(self.stepper.model.parameters()).device
+            yield write(
+                EndRecord(step=self.done, reason=reason, peak_memory_bytes=read_peak_memory(str(device)),
+                          skipped_steps=self.stepper.skipped)
+            )  # fmt: skip
+
+
+def _require_same_shapes(path: Path, saved: dict[str, Tensor], here: dict[str, Tensor]) -> None:
+    for name in saved.keys() ^ here.keys():
+        side = "the checkpoint" if name in saved else "the model"
+        raise CheckpointError(f"{path} is of another model: only {side} has '{name}'; use the recipe it was saved with")
+    for name, tensor in saved.items():
+        if tensor.shape != here[name].shape:
+            raise CheckpointError(
+                f"{path} is of another model: '{name}' has shape {tuple(tensor.shape)} there and "
+                f"{tuple(here[name].shape)} here; use the recipe it was saved with"
+            )
+
+
+def _get_random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for device, state in states.items():
+        if device != "cpu" and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, device)
