@@ -277,10 +277,18 @@ def _first_problem(error: ValidationError, kind: type) -> str:
 
 
 def append(file: IO[str], records: Iterable[Record]) -> None:
-    """Write records at the end of an open file and hand them to the system at once."""
-    for record in records:
-        file.write(encode(record) + "\n")
-    file.flush()
+    """Write records at the end of an open file and hand them to the system at once.
+
+    Raises RecordError when the disk is full or the file cannot be written.
+    """
+    try:
+        for record in records:
+            file.write(encode(record) + "\n")
+        file.flush()
+    except OSError as error:
+        raise RecordError(
+            f"the record cannot be written ({error.strerror}); free some space, then go on with --resume"
+        ) from None
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -10,8 +10,8 @@ Every call returns a StepOutcome: applied, skipped or accumulated, and why.
 """
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from halfstep.control.sensitivity import choose_plan
 from halfstep.conversion import Conversion, convert
@@ -49,8 +50,8 @@ class Stepper:
         self.skipped = 0
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
         self._profile = profile
-        self._waiting = False  # "auto" that has not seen a batch yet
-        self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
+        self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._micro = 0  # micro-batches in the window so far
         self._bad_loss = ""
         self._sums: dict[nn.Parameter, Tensor] = {}  # fp32 sums of 16-bit gradients over the window
@@ -69,9 +70,17 @@ class Stepper:
         """The factor that the next loss is multiplied by."""
         return self._scale.scale
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
         """What the forward pass and the loss run under."""
-        return self.conversion.autocast()
+        outer = self._around
+        with ExitStack() as stack:
+            stack.enter_context(self.conversion.autocast())
+            self._around = stack
+            try:
+                yield
+            finally:
+                self._around = outer
 
     def step(self, loss: Tensor) -> StepOutcome:
         """Backward, then update unless this is a micro-batch of a window or a gradient is not finite.
@@ -129,7 +138,6 @@ class Stepper:
                 scheduler.step()
         self._scale = adjust(self._scale, self._rule, found_nonfinite=bool(cause))
         self._clear_window()
-        self._settle()
         return StepOutcome(
             status="skipped" if cause else "applied", step=self.applied, scale_before=before, scale_after=self.scale,
             cause=cause, tensors=tensors, gradient_norm=norm,
@@ -147,30 +155,25 @@ class Stepper:
             parameter.grad = None
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _settle(self) -> None:
-        """Choose the plan of "auto" from the first batch, once its step is over."""
-        if self._waiting and self._batch is not None:
-            args, kwargs = self._batch
-            self._forget_batch()
-            choice = choose_plan(
-                self.model, args, kwargs, profile=self._profile or get_profile(self.conversion.device_type)
-            )
-            self._adopt(choice.plan, choice.why, choice.seconds)
-
     def wait_for_batch(self) -> None:
-        """Run in fp32 until a training batch has been seen, then choose."""
-        self._waiting = True
+        """Choose the plan when the first training batch arrives, just before the model sees it."""
 
-        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.training and torch.is_grad_enabled():
-                self._batch = args, kwargs
+        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not module.training or not torch.is_grad_enabled():
+                return
+            self._stop_waiting()
+            profile = self._profile or get_profile(self.conversion.device_type)
+            choice = choose_plan(module, args, kwargs, profile=profile)
+            self._adopt(choice.plan, choice.why, choice.seconds)
+            if self._around is not None:
+                self._around.enter_context(self.conversion.autocast())
 
-        self._hook = self.model.register_forward_pre_hook(remember, with_kwargs=True)
+        self._waiting = self.model.register_forward_pre_hook(choose, with_kwargs=True)
 
-    def _forget_batch(self) -> None:
-        if self._waiting:
-            self._hook.remove()
-        self._waiting, self._batch = False, None
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.remove()
+        self._waiting = None
 
     def adopt(self, plan: Plan, why: str = "") -> None:
         """Put another plan in force between two windows; weights and optimizer state go on from their fp32 truth.
@@ -181,7 +184,7 @@ class Stepper:
             raise PlanError(
                 f"{self._micro} of {self.accumulate} micro-batches are in; change the plan after the window"
             )
-        self._forget_batch()
+        self._stop_waiting()
         self._adopt(plan, why)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
@@ -215,14 +218,14 @@ class Stepper:
 
     def restore(self) -> nn.Module:
         """Undo the conversion and give the model back in fp32."""
-        self._forget_batch()
+        self._stop_waiting()
         self.conversion.undo()
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on and that model, optimizer and schedulers do not hold themselves."""
         return {
-            "plan": None if self._waiting else str(self.plan),
+            "plan": str(self.plan) if self._waiting is None else None,
             "loss_scale": asdict(self._scale),
             "applied": self.applied,
             "skipped": self.skipped,
@@ -239,7 +242,7 @@ class Stepper:
         if state["plan"] is not None and state["plan"] != str(self.plan):
             self.adopt(Plan.parse(state["plan"]), "restored")
         if state["plan"] is not None:
-            self._forget_batch()
+            self._stop_waiting()
         self._scale = LossScale(**state["loss_scale"])
         self.applied, self.skipped = state["applied"], state["skipped"]
 
@@ -284,7 +287,7 @@ def prepare(
     """Make a model and its optimizer train under a plan.
 
     plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
-        path of a plan file (.toml, .json). "auto" runs the first step in fp32 and then chooses from what it saw.
+        path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it.
     accumulate: micro-batches in one update; each loss is divided by it.
     clip: largest 2-norm of all gradients together, after unscaling.
     schedulers: stepped once for every applied step.

@@ -96,25 +96,21 @@ class Audit(TorchDispatchMode):
         return result
 
     def _note_cast(self, path: str, source: Any, result: Tensor) -> None:
-        if (
-            isinstance(source, Tensor)
-            and source.dtype != result.dtype
-            and source.is_floating_point()
-            and result.is_floating_point()
-        ):
+        if not isinstance(source, Tensor) or source.dtype == result.dtype:
+            return
+        if source.is_floating_point() and result.is_floating_point():
             key = (path, name_dtype(source.dtype), name_dtype(result.dtype))
             self.casts[key] += 1
             self.cast_numbers[key] += result.numel()
 
     def __str__(self) -> str:
-        lines = [
-            f"{path or '(model)'}: {', '.join(f'{n} in {f}' for f, n in counts.items())}"
-            for path, counts in self.computed.items()
-        ]
-        for (path, source, target), count in self.casts.items():
-            lines.append(
-                f"{path or '(model)'}: cast {source} -> {target}, {count} times, {self.cast_numbers[path, source, target]} numbers"
-            )
+        lines = []
+        for path, counts in self.computed.items():
+            lines.append(f"{path or '(model)'}: {', '.join(f'{n} in {f}' for f, n in counts.items())}")
+        for key, count in self.casts.items():
+            path, source, target = key
+            numbers = self.cast_numbers[key]
+            lines.append(f"{path or '(model)'}: cast {source} -> {target}, {count} times, {numbers} numbers")
         return "\n".join(lines)
 
 

@@ -17,7 +17,9 @@ _COLOURS = {
 
 
 def _table(*columns: str, title: str = "") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
+    )  # fmt: skip
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=column not in ("why",))
@@ -99,21 +101,20 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
     c = comparison
     direction = "higher" if c.higher_is_better else "lower"
     title = f"{c.recipe_name}: {c.seeds} seeds, {c.steps} steps"
-    table = _table(
-        "arm", f">{c.metric}", "verdict", ">ms/step", ">x fp32", ">peak MB", ">skips", ">s to target", title=title
-    )
+    table = _table("arm", f">{c.metric}", "verdict", ">ms/step", ">MB", ">skips", ">to target", title=title)
     against = _table("arm", f">{c.metric} minus fp32's", ">90 % interval", title="Difference to fp32")
     gains = _table("halfstep against", ">speed", ">memory", title="Gain")
     for arm in c.arms:
         cells = describe_arm(arm)
-        table.add_row(arm.name, cells["metric"], _word(arm.verdict), cells["ms"], cells["speed"], cells["peak"], cells["skips"], cells["target"],
-                      style="bold" if arm.name == "halfstep" else None)  # fmt: skip
+        row = (cells["metric"], _word(arm.verdict), cells["ms"], cells["peak"], cells["skips"], cells["target"])
+        table.add_row(arm.name, *row, style="bold" if arm.name == "halfstep" else None)
         if arm.verdict != "reference":
             against.add_row(arm.name, cells["difference"], cells["interval"])
     for rival, ratio in c.speedup.items():
         gains.add_row(rival, f"{ratio:.2f} x", f"{c.memory_ratio[rival]:.2f} x")
     target = f"{c.metric}: {direction} is better; equal within {c.margin:g} {c.unit}; target {c.target:.4g}"
-    gate = f"control (must be rejected): {c.control}; the gate {'works' if c.gate_works else 'FAILED: verdicts mean nothing'}"
+    works = "works" if c.gate_works else "FAILED: verdicts mean nothing"
+    gate = f"control (must be rejected): {c.control}; the gate {works}"
     return Group(
         table, against, *([gains] if c.speedup else []), Text(target), Text(gate), Text(conclude(c), style="bold")
     )
@@ -123,14 +124,14 @@ def describe_arm(arm: ArmResult) -> dict[str, str]:
     """An arm's numbers in words."""
     low, high = arm.interval
     return {
-        "metric": f"{arm.metric_mean:.4f} ± {arm.metric_sd:.4f}",
+        "metric": f"{arm.metric_mean:.3f} ± {arm.metric_sd:.3f}",
         "difference": f"{arm.difference:+.4f}",
         "interval": f"{low:+.4f} .. {high:+.4f}",
         "ms": f"{arm.step_ms:.1f}",
         "speed": f"{arm.speedup.get('fp32', 1.0):.2f}",
         "peak": f"{arm.peak_memory_bytes / 2**20:.0f}",
         "skips": str(arm.skipped_steps),
-        "target": f"{arm.seconds_to_target:.1f}" if arm.seconds_to_target is not None else "never",
+        "target": f"{arm.seconds_to_target:.1f} s" if arm.seconds_to_target is not None else "never",
     }
 
 

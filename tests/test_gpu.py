@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn
+
+import halfstep
+from halfstep.machine.hardware import probe_hardware
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "auto", "compute=bf16 storage=bf16 master=split"],
+)
+def test_every_precision_trains_on_a_gpu(plan: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, 10)).cuda()
+    stepper = halfstep.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3), plan, clip=1.0)
+    teacher = torch.randn(64, 10, device="cuda")
+    losses = []
+    for _ in range(100):
+        x = torch.randn(256, 64, device="cuda")
+        with stepper.autocast():
+            loss = nn.functional.cross_entropy(stepper.model(x), (x @ teacher).argmax(1))
+        stepper.step(loss)
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+def test_split_is_the_same_on_gpu_and_cpu() -> None:
+    weights = torch.randn(10_000)
+    lives = []
+    for device in ("cpu", "cuda"):
+        layer = nn.Linear(100, 100, bias=False)
+        layer.weight.data = weights.view(100, 100).clone().to(device)
+        stepper = halfstep.prepare(
+            layer, torch.optim.SGD(layer.parameters(), lr=1.0), "compute=bf16 storage=bf16 master=split"
+        )
+        lives.append(layer.weight.detach().cpu())
+        assert torch.equal(stepper.conversion.masters.read(layer.weight).cpu(), weights.view(100, 100))
+    assert torch.equal(*lives)
+
+
+def test_the_probe_judges_every_format_on_a_gpu() -> None:
+    profile = probe_hardware("cuda")
+    assert "Tensor Cores" in profile.unit
+    assert all(capability.why for capability in profile.capabilities)
