@@ -277,7 +277,7 @@ def test_unreadable_line_is_named_by_file_and_number(tmp_path: Path) -> None:
     assert next(reader) == POINT
     with pytest.raises(RecordError) as caught:
         next(reader)
-    assert str(caught.value) == f"{path}, line 2: not a record of schema 1: '{{}}\\n'"
+    assert str(caught.value).startswith(f"{path}, line 2: not a record of schema 1: '{{}}")
 
 
 @pytest.mark.parametrize("line_break", LINE_BREAKS, ids=[ascii(b) for b in LINE_BREAKS])

@@ -184,9 +184,8 @@ def train(
     """Train a recipe. Ctrl-C saves and ends; --resume goes on exactly where it stopped."""
     import torch
 
-    from halfstep.comparison import use_channels_last
     from halfstep.machine.hardware import name_machine
-    from halfstep.machine.runtime import tune_process
+    from halfstep.machine.runtime import tune_process, use_channels_last
     from halfstep.records import RunRecord
     from halfstep.report.progress import follow_run
     from halfstep.stepper import prepare

@@ -39,7 +39,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from halfstep import records
 from halfstep.errors import RecipeError, TrainingError, describe_unknown
 from halfstep.machine.hardware import name_machine
-from halfstep.machine.runtime import read_peak_memory, tune_process
+from halfstep.machine.runtime import read_peak_memory, tune_process, use_channels_last
 from halfstep.records import (
     ArmResult,
     ComparisonRecord,
@@ -142,12 +142,6 @@ def require_arms(names: Sequence[str]) -> None:
             read_plan(name.partition(":")[2])
     if REFERENCE not in names or len(set(names)) != len(names):
         raise RecipeError(f"arms are named once each and '{REFERENCE}' is one of them; got {', '.join(names)}")
-
-
-def use_channels_last(model: nn.Module) -> None:
-    """Convolution weights in the memory order that oneDNN and cuDNN multiply in; activations follow them."""
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build_arm(name: str, task: Task, settings: TrainSettings, precision: str) -> Steps:

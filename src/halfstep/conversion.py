@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
 from halfstep.errors import ModelError, PlanError, UnsupportedError
-from halfstep.mechanisms.layers import DTYPES, Gate, Unit, autocast, find_kind, make_unit, undo_unit
+from halfstep.mechanisms.layers import DTYPES, Gate, NormUnit, Unit, autocast, find_kind, make_unit, undo_unit
 from halfstep.mechanisms.master_weights import MasterWeights
 from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Resolution, Settings
@@ -37,6 +37,7 @@ class Conversion:
         self.masters = MasterWeights()
         self._undo = ExitStack()
         self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
+        self.storage = self._agree_on_storage()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What a forward pass and the loss run under: torch's autocast where the plan casts every operation."""
@@ -78,16 +79,20 @@ class Conversion:
     ) -> None:
         self.undo()
 
-    def _apply(self) -> None:
-        storage = self._agree_on_storage()
-        for path, module in self.model.named_modules():
-            self._convert_unit(path, module)
-        for parameter, settings in storage.items():
-            if settings.storage != "fp32":
-                self.masters.narrow(parameter, DTYPES[settings.storage], settings.master)
-                self._undo.callback(self.masters.widen, parameter)
-        for module in self.model.modules():
-            self._keep_state_in_fp32(module)
+    def apply(self) -> None:
+        """Do to the model what the plan says; an error on the way leaves the model as it was."""
+        try:
+            for path, module in self.model.named_modules():
+                self._convert_unit(path, module)
+            for parameter, settings in self.storage.items():
+                if settings.storage != "fp32":
+                    self.masters.narrow(parameter, DTYPES[settings.storage], settings.master)
+                    self._undo.callback(self.masters.widen, parameter)
+            for module in self.model.modules():
+                self._keep_state_in_fp32(module)
+        except BaseException:
+            self.undo()
+            raise
 
     def _agree_on_storage(self) -> dict[nn.Parameter, Settings]:
         """Settings of every floating-point parameter. Raises PlanError when two modules share one and disagree."""
@@ -111,33 +116,58 @@ class Conversion:
         return {parameter: settings for parameter, (_, settings) in agreed.items()}
 
     def _convert_unit(self, path: str, module: nn.Module) -> None:
-        settings = self.table[path]
-        if settings.cast == "unit":
-            is_unit = find_kind(module) in UNITS
+        settings, around = self.table[path], self._find_surroundings(path)
+        output = settings.output
+        unit: type[Unit]
+        if find_kind(module) == "norm" and settings.storage != "fp32":
+            unit, output = NormUnit, output or settings.compute
+        elif settings.cast == "unit":
+            unit = Unit if find_kind(module) in UNITS else Gate
+        elif path and settings.compute != around:
+            # what runs around it in plain fp32 casts nothing by itself, so it must be handed fp32
+            unit, output = Unit, output or ("fp32" if around == "fp32" else "")
         else:
-            parent = self.table[path.rpartition(".")[0]]
-            is_unit = path != "" and settings.compute != (parent.compute if parent.cast == "op" else self._around)
-        if is_unit or settings.output:
-            make_unit(module, Unit if is_unit else Gate, self.device_type, settings.compute, settings.output)
+            unit = Gate
+        if unit is not Gate or output:
+            make_unit(module, unit, self.device_type, settings.compute, output)
             self._undo.callback(undo_unit, module)
+        if isinstance(module, nn.TransformerEncoderLayer) and settings.cast == "unit":
+            # torch's inference shortcut reads the weights past their modules; a hook keeps it off
+            self._undo.callback(module.register_forward_pre_hook(lambda *_: None).remove)
+
+    def _find_surroundings(self, path: str) -> str:
+        """The format of the autocast that a module is called under: that of the nearest module above it that casts."""
+        while path:
+            path = path.rpartition(".")[0]
+            if path and self.table[path].cast == "op":
+                return self.table[path].compute
+        return self._around
 
     def _keep_state_in_fp32(self, module: nn.Module) -> None:
-        """state_dict() reads the masters, load_state_dict() writes them; keys stay as they are."""
-        narrow = {n: p for n, p in module.named_parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)}
-        if not narrow:
+        """state_dict() reads the masters, load_state_dict() writes them; keys stay as they are.
+
+        The hooks go by the module they are called with: a deep copy of the model has copies of them, and parameters of
+        its own, which have no masters.
+        """
+        if not any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters(recurse=False)):
             return
-        incoming: dict[str, Tensor] = {}
+        masters = self.masters
+        incoming: dict[nn.Parameter, Tensor] = {}
 
-        def save(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-            for name, parameter in narrow.items():
-                state[prefix + name] = self.masters.read(parameter)
+        def save(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    state[prefix + name] = masters.read(parameter)
 
-        def before_load(_module: nn.Module, state: Mapping[str, Any], prefix: str, *_rest: Any) -> None:
-            incoming.update({n: state[prefix + n] for n in narrow if prefix + n in state})
+        def before_load(module: nn.Module, state: Mapping[str, Any], prefix: str, *_rest: Any) -> None:
+            for name, parameter in module.named_parameters(recurse=False):
+                value = state.get(prefix + name)
+                if parameter in masters and value is not None and value.shape == parameter.shape:
+                    incoming[parameter] = value
 
         def after_load(_module: nn.Module, _keys: Any) -> None:
-            for name, value in incoming.items():
-                self.masters.write(narrow[name], value)
+            for parameter, value in incoming.items():
+                masters.write(parameter, value)
             incoming.clear()
 
         self._undo.callback(module.register_state_dict_post_hook(save).remove)
@@ -159,19 +189,19 @@ def convert(model: nn.Module, plan: Plan) -> Conversion:
     Raises PlanError for a dead rule or a tied weight with two storages, UnsupportedError for what cannot be honoured
     here, ModelError for a model whose weights are 16 bits wide already. A model that is refused is left as it was.
     """
-    modules = {path: find_kind(module) for path, module in model.named_modules()}
-    resolution = plan.resolve(modules)
+    conversion = draft_conversion(model, plan)
+    conversion.apply()
+    return conversion
+
+
+def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
+    """What `convert` would do, checked and not yet done; raises what `convert` raises."""
+    resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
     for path, settings in resolution.table.items():
         _require_possible(path, settings)
     device_type = next((p.device.type for p in model.parameters()), "cpu")
-    conversion = Conversion(model, plan, resolution, device_type)
-    try:
-        conversion._apply()
-    except BaseException:
-        conversion.undo()
-        raise
-    return conversion
+    return Conversion(model, plan, resolution, device_type)
 
 
 def _require_possible(path: str, settings: Settings) -> None:

@@ -34,7 +34,7 @@ class Measurement(Record):
     product: str  # output | grad_input | grad_weight | all; "" where it does not apply
     format: str
     shape: tuple[int, ...]
-    milliseconds: float  # median
+    milliseconds: float  # the fastest of its repetitions
     rate: float = 0.0  # GFLOP/s for products, GB/s for casts and copies
 
 
@@ -59,6 +59,7 @@ class HardwareProfile(Record):
     torch_version: str
     threads: int
     date: str
+    load: float = 0.0  # processes per core that wanted to run in the minute before
     capabilities: tuple[Capability, ...] = ()
     measurements: tuple[Measurement, ...] = ()
 

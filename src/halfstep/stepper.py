@@ -22,13 +22,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from halfstep.control.sensitivity import choose_plan
-from halfstep.conversion import Conversion, convert
+from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.errors import ModelError, PlanError, UnsupportedError
 from halfstep.machine.hardware import get_profile
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Stepper:
@@ -57,7 +59,8 @@ class Stepper:
         self._sums: dict[nn.Parameter, Tensor] = {}  # fp32 sums of 16-bit gradients over the window
         self._names = {p: name for name, p in model.named_parameters()}
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
-        self._adopt(PRESETS["32-true"], "")
+        self._incoming: dict[str, Any] = {}  # optimizer state on its way in
+        self.conversion = convert(model, PRESETS["32-true"])
         optimizer.register_load_state_dict_pre_hook(self._before_load)
         optimizer.register_load_state_dict_post_hook(self._after_load)
 
@@ -105,19 +108,21 @@ class Stepper:
 
     def _collect(self) -> None:
         """Move 16-bit gradients of a micro-batch into fp32 sums: adding in bf16 loses what is 256 times smaller."""
-        for parameter in self._sums.keys() | {
-            p for p in self._names if p.grad is not None and p.grad.dtype != torch.float32
-        }:
-            if parameter.grad is not None:
+        for parameter in self._find_held():
+            if parameter.grad is not None and (parameter in self._sums or parameter.grad.dtype in SIXTEEN_BITS):
                 gradient = parameter.grad.to(torch.float32)
                 self._sums[parameter] = self._sums[parameter].add_(gradient) if parameter in self._sums else gradient
                 parameter.grad = None
 
+    def _find_held(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer moves, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _finish_window(self) -> StepOutcome:
         if self.accumulate > 1:
             self._collect()
-        gradients = {p: p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
-        gradients |= self._sums
+        found = {p: self._sums.get(p, p.grad) for p in self._find_held()}
+        gradients = {p: gradient for p, gradient in found.items() if gradient is not None}
         before, cause = self.scale, self._bad_loss
         tensors: tuple[str, ...] = ()
         norm = _measure_norm(gradients.values()) / before
@@ -126,17 +131,20 @@ class Stepper:
             norm = norm if tensors else _measure_norm_slowly(gradients.values()) / before
         if tensors and not cause:
             cause = f"{len(tensors)} gradients are not finite, the first is {tensors[0]}"
+        overflowed = bool(cause)
+        if not gradients and not cause:
+            cause = "no parameter that the optimizer holds received a gradient"
         if cause:
             self.skipped += 1
         else:
             factor = 1.0 / before
-            if self.clip is not None and norm > self.clip:
-                factor *= self.clip / norm
+            if self.clip is not None:
+                factor *= min(1.0, self.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
             self.conversion.masters.step(self.optimizer, gradients, factor)
             self.applied += 1
             for scheduler in self.schedulers:
                 scheduler.step()
-        self._scale = adjust(self._scale, self._rule, found_nonfinite=bool(cause))
+        self._scale = adjust(self._scale, self._rule, found_nonfinite=overflowed)
         self._clear_window()
         return StepOutcome(
             status="skipped" if cause else "applied", step=self.applied, scale_before=before, scale_after=self.scale,
@@ -188,29 +196,43 @@ class Stepper:
         self._adopt(plan, why)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
-        before = self.conversion.plan if hasattr(self, "conversion") else None
-        if before is not None:
-            self.conversion.undo()
+        before = self.conversion.plan
+        self.conversion.undo()
         try:
-            self.conversion: Conversion = convert(self.model, plan)
-            self._require_eps()
+            drafted = draft_conversion(self.model, plan)
+            self._require_eps(drafted)
+            drafted.apply()
         except Exception:
-            self.conversion = convert(self.model, before) if before is not None else self.conversion
+            self.conversion = convert(self.model, before)
             raise
+        self.conversion = drafted
+        self._match_states()
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         self.plan_record = PlanRecord(
             step=self.applied, plan=str(plan), layers=self.conversion.describe(), why=why, seconds=seconds
         )
 
-    def _require_eps(self) -> None:
+    def _match_states(self) -> None:
+        """Optimizer states follow the precision that the optimizer sees: fp32 where a truth is kept."""
+        for parameter, state in self.optimizer.state.items():
+            seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
+            for key, value in state.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and value.shape == parameter.shape
+                    and value.ndim
+                ):
+                    state[key] = value.to(seen)
+
+    def _require_eps(self, drafted: Conversion) -> None:
         """fp16(1e-8) is 0: an optimizer that keeps fp16 states with it divides 0 by 0."""
         fp16 = find_format("fp16")
+        narrow = {p for p, s in drafted.storage.items() if s.storage == "fp16" and s.master == "none"}
         for group in self.optimizer.param_groups:
             eps = group.get("eps")
-            if eps is None or eps >= fp16.smallest_subnormal:
-                continue
-            if any(p.dtype is torch.float16 and p not in self.conversion.masters for p in group["params"]):
+            if eps is not None and eps < fp16.smallest_subnormal and narrow.intersection(group["params"]):
                 raise UnsupportedError(
                     f"{type(self.optimizer).__name__} has eps={eps:g}, which is 0 in fp16, and the plan keeps no fp32 "
                     f"master; give eps >= {fp16.smallest_subnormal:.2g} (1e-4 is usual), or master=fp32 in the plan"
@@ -246,13 +268,17 @@ class Stepper:
         self._scale = LossScale(**state["loss_scale"])
         self.applied, self.skipped = state["applied"], state["skipped"]
 
-    def _before_load(self, _optimizer: Optimizer, _state: Any) -> None:
-        """Optimizer.load_state_dict casts states to the dtype of their parameter: let it see fp32."""
-        self._widened = self.conversion.masters.widened()
-        self._widened.__enter__()
+    def _before_load(self, _optimizer: Optimizer, state: dict[str, Any]) -> None:
+        self._incoming = state
 
-    def _after_load(self, _optimizer: Optimizer) -> None:
-        self._widened.__exit__(None, None, None)
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Optimizer.load_state_dict has cast states to the 16 bits of their parameter: take them again, in fp32."""
+        for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
+            for index, parameter in zip(saved["params"], group["params"], strict=True):
+                if parameter in self.conversion.masters:
+                    for key, value in self._incoming["state"].get(index, {}).items():
+                        if isinstance(value, Tensor) and key != "step":
+                            optimizer.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
 
 
 def _values(gradient: Tensor) -> Tensor:
@@ -264,7 +290,8 @@ def _measure_norm(gradients: Iterable[Tensor]) -> float:
     dense = [_values(gradient) for gradient in gradients]
     if not dense:
         return 0.0
-    norms = torch._foreach_norm(dense, 2, dtype=torch.float32)
+    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in dense) else torch.float32
+    norms = torch._foreach_norm(dense, 2, dtype=wide)
     return float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
 
 

@@ -20,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 from halfstep.mechanisms.layers import DTYPES, find_kind
 
 _aten = torch.ops.aten
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "mkldnn_linear", "mkldnn_rnn_layer",
-             "mkldnn_rnn_layer_backward", "_scaled_mm", "_int_mm", "_addmm_activation"}  # fmt: skip
+_PRODUCTS = {
+    "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_int_mm", "_addmm_activation",
+    "convolution", "convolution_backward", "conv1d", "conv2d", "conv3d",
+    "mkldnn_linear", "mkldnn_rnn_layer", "mkldnn_rnn_layer_backward",
+}  # fmt: skip
 _CASTS = {"_to_copy", "copy_"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BACKWARD = "(backward)"
@@ -136,13 +139,13 @@ def observe_shapes(model: nn.Module) -> Iterator[Mapping[str, LayerShape]]:
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
 
-                def note(module: nn.Module, args: Any, result: Any, path: str = path) -> None:
+                def note(module: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
                     if path in seen:
                         seen[path].calls += 1
                     else:
-                        seen[path] = _describe(path, module, args[0], result)
+                        seen[path] = _describe(path, module, args[0] if args else kwargs["input"], result)
 
-                hooks.callback(module.register_forward_hook(note).remove)
+                hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         yield seen
 
 
@@ -151,10 +154,10 @@ def _describe(path: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerShape:
     if isinstance(module, nn.Conv2d):
         operation = "conv2d"
         shape = (
-            x.shape[0],
+            x.shape[0] if x.ndim == 4 else 1,
             module.in_channels,
             module.out_channels,
-            *x.shape[2:4],
+            *x.shape[-2:],
             module.kernel_size[0],
             module.stride[0],
             module.groups,

@@ -49,7 +49,10 @@ EQUAL = 0.97  # a ratio from here on counts as "not slower": medians repeat to a
 
 
 class Stopwatch:
-    """Median time of a call in milliseconds: warmed up, then repeated until `seconds` are spent, 3 to 50 times."""
+    """Time of a call in milliseconds: warmed up, then the fastest of 3 to 50 repetitions, as `seconds` allow.
+
+    The fastest, because whatever else the machine does can only add to the time.
+    """
 
     def __init__(self, device: str = "cpu", seconds: float = 0.15) -> None:
         self.device, self.seconds = device, seconds
@@ -60,7 +63,7 @@ class Stopwatch:
             return first
         self.time_once(call)
         count = max(3, min(50, int(1000 * self.seconds / max(first, 1e-3))))
-        return statistics.median(self.time_once(call) for _ in range(count))
+        return min(self.time_once(call) for _ in range(count))
 
     def time_once(self, call: Callable[[], object]) -> float:
         """Milliseconds of one call, waiting for the device before and after."""
@@ -150,6 +153,11 @@ def compare_with_fp32(
         if m.operation == operation:
             totals[m.format, m.shape] = totals.get((m.format, m.shape), 0.0) + m.milliseconds
     return {s: totals["fp32", s] / ms for (f, s), ms in totals.items() if f == format and ("fp32", s) in totals}
+
+
+def read_load() -> float:
+    """Processes that wanted to run in the last minute, per core: from about 0.5 on, timings are not to be trusted."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def name_machine(device: str = "cpu") -> str:
@@ -315,6 +323,7 @@ def probe_hardware(device: str = "cpu", *, quick: bool = False, threads: int | N
 
     Raises UnsupportedError when the device is not there.
     """
+    load = read_load()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UnsupportedError(f"device '{device}' was asked for and torch sees no CUDA device; use device='cpu'")
     watch = Stopwatch(device, seconds=0.03 if quick else 0.12)
@@ -349,6 +358,7 @@ def probe_hardware(device: str = "cpu", *, quick: bool = False, threads: int | N
         torch_version=torch.__version__,
         threads=threads or torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        load=load,
         capabilities=tuple(judge_format(f, measured, units, failures.get(f, "")) for f in FORMATS),
         measurements=tuple(measured),
     )

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GLIBC_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10}
@@ -60,6 +61,12 @@ def tune_process(
             torch.set_num_threads(threads_before)
         if flush_denormals:
             torch.set_flush_denormal(False)
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Convolution weights in the memory order that oneDNN and cuDNN multiply in; activations follow them."""
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def read_peak_memory(device: str = "cpu") -> int:

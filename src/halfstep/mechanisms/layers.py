@@ -42,11 +42,15 @@ def cast_floats(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
 
-def autocast(device_type: str, compute: str) -> AbstractContextManager[Any]:
-    """torch's autocast to a format; for fp32 the one that switches an outer autocast off."""
+def autocast(device_type: str, compute: str, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """torch's autocast to a format; for fp32 the one that switches an outer autocast off.
+
+    cache: keep converted weights until the outermost autocast ends. The cache knows a weight but not its format, so
+    an autocast within another one must not use it.
+    """
     if compute == "fp32":
         return torch.autocast(device_type, enabled=False)
-    return torch.autocast(device_type, dtype=DTYPES[compute])
+    return torch.autocast(device_type, dtype=DTYPES[compute], cache_enabled=cache)
 
 
 class Unit:
@@ -56,7 +60,7 @@ class Unit:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, device_type, compute, output = self._halfstep
-        with autocast(device_type, compute):
+        with autocast(device_type, compute, cache=False):
             args, kwargs = cast_floats((args, kwargs), DTYPES[compute])
             result = original.forward(self, *args, **kwargs)
         return cast_floats(result, DTYPES[output]) if output else result
@@ -68,6 +72,22 @@ class Gate(Unit):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, _, _, output = self._halfstep
         return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
+
+
+class NormUnit(Unit):
+    """A normalisation whose weights are stored in 16 bits: they are read in fp32, and it is computed in fp32."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        original, device_type, _, output = self._halfstep
+        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
+        stored = dict(parameters)
+        parameters.update(cast_floats(stored, torch.float32))
+        try:
+            with autocast(device_type, "fp32"):
+                args, kwargs = cast_floats((args, kwargs), torch.float32)
+                return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
+        finally:
+            parameters.update(stored)
 
 
 def make_unit(module: nn.Module, base: type[Unit], device_type: str, compute: str, output: str) -> None:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, LayerRecord, Measurement, PlanRecord
 
+BUSY = 0.5  # load a core, from which on timings are not to be trusted
 _COLOURS = {
     "native": "green", "emulated": "yellow", "slower": "red", "unsupported": "dim",
     "equivalent": "green", "reference": "default", "better": "green", "worse": "red", "inconclusive": "yellow",
@@ -33,16 +34,17 @@ def _word(word: str) -> Text:
 def show_profile(profile: HardwareProfile) -> RenderableType:
     """The machine, a verdict for each format, and the times behind it."""
     head = Text(f"{profile.machine}; {profile.unit}; torch {profile.torch_version}, {profile.threads} threads")
+    busy = f"The machine was busy (load {profile.load:.1f} a core): probe again when it is quiet."
     verdicts = _table("format", "verdict", ">speed, fp32 = 1", ">at best", "why", title="Formats")
     for c in profile.capabilities:
         ratio, best = (f"{r:.2f}" if r else "-" for r in (c.ratio, c.ratio_best))
         verdicts.add_row(c.format, _word(c.status), ratio, best, c.why)
-    parts: list[RenderableType] = [head, verdicts]
+    parts: list[RenderableType] = [head, *([Text(busy, style="red")] if profile.load > BUSY else []), verdicts]
     for operation, shape in (
         ("matmul", "m x k x n"),
         ("conv2d", "batch x in x out x h x w x kernel x stride x groups"),
     ):
-        title = f"{operation} {shape}: GFLOP/s of output / grad_input / grad_weight"
+        title = f"{operation}, {shape}: GFLOP/s over forward and both backward products"
         table = show_rates([m for m in profile.measurements if m.operation == operation], title)
         parts += [table] if table.row_count else []
     memory = [m for m in profile.measurements if m.operation in ("copy", "cast")]
@@ -57,15 +59,17 @@ def show_profile(profile: HardwareProfile) -> RenderableType:
 
 
 def show_rates(measured: Iterable[Measurement], title: str) -> Table:
-    """Shapes down, formats across: output / grad_input / grad_weight."""
-    rates: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    """Shapes down, formats across: the rate over all products of a shape."""
+    totals: dict[tuple[int, ...], dict[str, tuple[float, float]]] = {}
     for m in measured:
-        rates.setdefault(m.shape, {}).setdefault(m.format, []).append(m.rate)
-    formats = list(dict.fromkeys(f for row in rates.values() for f in row))
+        work, ms = totals.setdefault(m.shape, {}).get(m.format, (0.0, 0.0))
+        totals[m.shape][m.format] = (work + m.rate * m.milliseconds, ms + m.milliseconds)
+    formats = list(dict.fromkeys(f for row in totals.values() for f in row))
     table = _table("shape", *(f">{f}" for f in formats), title=title)
-    for shape, row in rates.items():
-        cells = [" / ".join(f"{r:.3g}" if r < 10 else f"{r:.0f}" for r in row[f]) if f in row else "-" for f in formats]
-        table.add_row("x".join(map(str, shape)), *cells)
+    for shape, row in totals.items():
+        table.add_row(
+            "x".join(map(str, shape)), *(f"{row[f][0] / row[f][1]:.4g}" if f in row else "-" for f in formats)
+        )
     return table
 
 

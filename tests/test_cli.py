@@ -1,0 +1,339 @@
+"""The command: each test runs it in a process of its own, as a user does."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from halfstep import records
+from halfstep.cli import app
+from halfstep.plan import Plan
+from halfstep.records import EndRecord, EvaluationRecord, HardwareProfile, RunRecord, StepRecord
+
+RECIPE = """
+task = "text-generation"
+precision = "bf16-mixed"
+[train]
+steps = {steps}
+batch_size = 4
+lr = 1e-2
+schedule = "cosine"
+warmup = 2
+evaluations = 2
+[options]
+data = {data!r}
+layers = 1
+width = 32
+heads = 2
+context = 16
+held_out_sequences = 8
+"""
+COMMANDS = ("probe", "plan", "train", "compare", "report")
+STEPS = 400  # enough for a signal to arrive in the middle, at about 2 ms each
+
+
+class House:
+    """A folder with text, recipes and a cache, and the command run in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "text").mkdir(parents=True)
+        for i in range(24):
+            (root / "text" / f"chapter{i}.txt").write_text("the quick brown fox jumps over the lazy dog " * (8 + i % 5))
+        (root / "tiny.toml").write_text(RECIPE.format(steps=6, data=str(root / "text")))
+        (root / "long.toml").write_text(RECIPE.format(steps=STEPS, data=str(root / "text")))
+        self.environment = {
+            **os.environ, "XDG_CACHE_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NO_COLOR": "1",
+        }  # fmt: skip
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "halfstep", *arguments], cwd=self.root, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "halfstep", *arguments], cwd=self.root, env=self.environment, text=True,
+            capture_output=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    def succeed(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    def read(self, folder: str) -> list[records.Record]:
+        return list(records.read(self.root / folder / "record.jsonl"))
+
+    def losses(self, folder: str) -> list[float]:
+        return [r.loss for r in self.read(folder) if isinstance(r, StepRecord)]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path / "house")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> House:
+    """A house with a finished run in `whole` and TensorBoard events in `events`."""
+    house = House(tmp_path_factory.mktemp("trained") / "house")
+    house.said = house.succeed("train", "long.toml", "--out", "whole", "--tensorboard", "events")  # type: ignore[attr-defined]
+    return house
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def load_strictly(text: str) -> dict[str, Any]:
+    values = json.loads(text, parse_constant=refuse_constant)
+    assert isinstance(values, dict)
+    return values
+
+
+class TestHelp:
+    def test_names_every_command(self, house: House) -> None:
+        said = house.succeed("--help")
+        assert all(re.search(rf"^  {name} ", said, re.MULTILINE) for name in COMMANDS)
+        assert "worker" not in said
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_of_a_command_explains_every_option(self, house: House, name: str) -> None:
+        said = house.succeed(name, "--help")
+        assert f"halfstep {name} [OPTIONS]" in said
+        bare = re.findall(r"^  (--[a-z-]+(?: <\w+>| [A-Z=]+)?)\s*$(?!\n {10,}\S)", said, re.MULTILINE)
+        assert bare == []
+
+    def test_every_command_has_a_docstring(self) -> None:
+        commands = [info.callback for info in app.registered_commands]
+        assert {c.__name__ for c in commands if c is not None} == {*COMMANDS, "worker"}
+        assert all(c is not None and c.__doc__ and c.__doc__.strip().endswith((".", "?")) for c in commands)
+
+
+class TestProbe:
+    def test_writes_the_profile_as_json_and_keeps_it_in_the_cache(self, house: House) -> None:
+        said = house.succeed("probe", "--quick", "--json", "profile.json")
+        profile = records.decode((house.root / "profile.json").read_text())
+        assert isinstance(profile, HardwareProfile)
+        assert profile.device == "cpu"
+        assert {"fp32", "bf16"} & {c.format for c in profile.capabilities}
+        values = load_strictly((house.root / "profile.json").read_text())
+        assert values["record"] == "HardwareProfile"
+        kept = [path for path in (house.root / "cache").rglob("*") if path.is_file()]
+        assert len(kept) == 1
+        assert str(kept[0]) in said
+        assert "Formats" in said
+
+    def test_prints_nothing_but_json_when_json_goes_to_standard_output(self, house: House) -> None:
+        said = house.succeed("probe", "--quick", "--json", "-", "--out", "kept.json")
+        assert load_strictly(said)["record"] == "HardwareProfile"
+        assert (house.root / "kept.json").exists()
+
+
+class TestPlan:
+    def test_shows_every_layer_and_saves_a_plan_that_trains(self, house: House) -> None:
+        said = house.succeed("plan", "tiny.toml", "--precision", "bf16-true", "--save", "plan.toml")
+        assert "linear" in said
+        assert "embedding" in said
+        assert Plan.load(house.root / "plan.toml") == Plan.preset("bf16-true")
+        house.succeed("train", "tiny.toml", "--precision", "plan.toml", "--out", "run")
+        assert len(house.losses("run")) == 6
+
+
+class TestTrain:
+    def test_a_run_is_written_down_from_head_to_end(self, trained: House) -> None:
+        run = trained.read("whole")
+        assert isinstance(run[0], RunRecord)
+        assert (run[0].task, run[0].precision, run[0].steps) == ("text-generation", "bf16-mixed", STEPS)
+        steps = [r for r in run if isinstance(r, StepRecord)]
+        assert [r.step for r in steps] == list(range(1, STEPS + 1))
+        assert [r.step for r in run if isinstance(r, EvaluationRecord)] == [STEPS // 2, STEPS]
+        assert isinstance(run[-1], EndRecord)
+        assert run[-1].reason == "finished"
+        assert steps[-1].loss < 0.5 * steps[0].loss
+
+    def test_the_metric_and_the_folder_are_printed(self, trained: House) -> None:
+        said: str = trained.said  # type: ignore[attr-defined]
+        assert f"step {STEPS}: bits per byte" in said
+        assert "kept in whole" in said
+
+    def test_tensorboard_events_hold_every_step(self, trained: House) -> None:
+        pytest.importorskip("tensorboard")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(trained.root / "events"), size_guidance={"scalars": 0})
+        events.Reload()
+        losses = [event.value for event in events.Scalars("train/loss")]
+        assert losses == pytest.approx(trained.losses("whole"), rel=1e-6)
+        assert len(events.Scalars("held_out/bits_per_byte")) == 2
+
+    def test_an_interrupted_run_ends_cleanly_and_resumes_bit_for_bit(self, trained: House) -> None:
+        process = trained.start("train", "long.toml", "--out", "cut")
+        record = trained.root / "cut" / "record.jsonl"
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if record.exists() and record.read_text().count('"StepRecord"') >= 3:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        said, complaints = process.communicate(timeout=120)
+        assert (process.returncode, complaints) == (130, "")
+        assert "--resume cut" in said
+        end = trained.read("cut")[-1]
+        assert isinstance(end, EndRecord)
+        assert end.reason == "interrupted"
+        assert 3 <= end.step < STEPS
+        assert f"stopped after step {end.step} of {STEPS}" in said
+
+        assert f"going on after step {end.step}" in trained.succeed("train", "long.toml", "--resume", "cut")
+        resumed, whole = trained.read("cut"), trained.read("whole")
+        assert trained.losses("cut") == trained.losses("whole")
+        metrics = [[r.value for r in run if isinstance(r, EvaluationRecord)] for run in (resumed, whole)]
+        assert metrics[0] == metrics[1]
+        assert [r.step for r in resumed if isinstance(r, StepRecord)] == list(range(1, STEPS + 1))
+        assert sum(isinstance(r, RunRecord) for r in resumed) == 1
+        assert sum(isinstance(r, EndRecord) for r in resumed) == 1
+
+
+class TestCompare:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def compared(cls, tmp_path_factory: pytest.TempPathFactory) -> House:
+        house = House(tmp_path_factory.mktemp("compared") / "house")
+        done = house.run(
+            "compare", "tiny.toml", "--seeds", "1", "--arms", "fp32,halfstep", "--json", "out.json", "--page", "out.html",
+            "--set", "steps=12", "--set", "evaluations=1",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        house.said = done.stdout  # type: ignore[attr-defined]
+        return house
+
+    def test_json_is_strict_and_holds_what_a_reader_needs(self, compared: House) -> None:
+        values = load_strictly((compared.root / "out.json").read_text())
+        assert [arm["name"] for arm in values["arms"]] == ["fp32", "halfstep"]
+        for arm in values["arms"]:
+            assert isinstance(arm["verdict"], str)
+            assert isinstance(arm["skipped_steps"], int)
+            assert isinstance(arm["peak_memory_bytes"], int)
+            for key in ("metric_mean", "metric_sd", "step_ms"):
+                assert isinstance(arm[key], float)
+                assert math.isfinite(arm[key])
+        for table in (values["speedup"], values["memory_ratio"]):
+            assert set(table) == {"fp32"}
+            assert table["fp32"] > 0
+        assert values["gate_works"] is True
+        assert values["command"].startswith("halfstep compare tiny.toml")
+
+    def test_table_and_page_are_written(self, compared: House) -> None:
+        said: str = compared.said  # type: ignore[attr-defined]
+        assert "halfstep" in said
+        assert "the gate works" in " ".join(said.split())
+        assert "curves: out.html" in said
+        assert "</svg>" in (compared.root / "out.html").read_text()
+
+    def test_report_shows_the_stored_result_again(self, compared: House) -> None:
+        said = compared.succeed("report", "out.json", "--page", "again.html")
+        original: str = compared.said  # type: ignore[attr-defined]
+        assert said.strip() in original
+        assert (compared.root / "again.html").read_text() == (compared.root / "out.html").read_text()
+
+
+def leave(house: House) -> None:
+    """The house as it is."""
+
+
+def make_folder(house: House) -> None:
+    (house.root / "empty").mkdir()
+
+
+def make_file(house: House) -> None:
+    (house.root / "file").write_text("a regular file")
+
+
+def misspell_key(house: House) -> None:
+    text = (house.root / "tiny.toml").read_text().replace("batch_size", "batchsize")
+    (house.root / "tiny.toml").write_text(text)
+
+
+def write_plan(house: House) -> None:
+    (house.root / "plan.toml").write_text('[[rule]]\npath = "blokcs.0.qkv"\ncompute = "bf16"\n')
+
+
+def make_binary(house: House) -> None:
+    (house.root / "file").write_bytes(bytes(1000))
+
+
+BAD_INPUT: dict[str, tuple[Callable[[House], None], str, str]] = {
+    "missing data path": (leave, "train tiny.toml --out run --data nowhere", "nowhere"),
+    "empty corpus": (make_folder, "train tiny.toml --out run --data empty", "'empty' gives 0 bytes"),
+    "binary corpus": (make_binary, "train tiny.toml --out run --data file", "'file' is not text"),
+    "output folder below a file": (make_file, "train tiny.toml --out file/run", "file/run cannot be written"),
+    "events below a file": (make_file, "train tiny.toml --out run --tensorboard file/events", "file/events"),
+    "unknown recipe": (leave, "train text-generatoin --out run", "did you mean 'text-generation'"),
+    "unknown recipe key": (misspell_key, "train tiny.toml --out run", "did you mean 'batch_size'"),
+    "unknown override": (leave, "train tiny.toml --out run --set layer=2", "did you mean 'layers'"),
+    "unknown precision": (leave, "train tiny.toml --out run --precision bf61-mixed", "did you mean 'bf16-mixed'"),
+    "unknown format": (leave, "train tiny.toml --out run --precision compute=bf61", "did you mean 'bf16'"),
+    "unknown layer path": (write_plan, "plan tiny.toml --precision plan.toml", "did you mean 'blocks.0.qkv'"),
+    "unknown device": (leave, "train tiny.toml --out run --device gpu", "gpu"),
+    "unknown arm": (leave, "compare tiny.toml --arms fp32,halfstop", "did you mean 'halfstep'"),
+    "no reference arm": (leave, "compare tiny.toml --arms halfstep", "'fp32' is one of them"),
+    "page below a file": (make_file, "compare tiny.toml --page file/out.html", "file/out.html cannot be written"),
+    "json in no folder": (leave, "probe --quick --json nowhere/out.json", "nowhere/out.json cannot be written"),
+    "folder without a run": (make_folder, "train tiny.toml --resume empty", "empty/checkpoint"),
+    "result that is missing": (leave, "report nowhere.json", "nowhere.json"),
+    "result of another kind": (leave, "report tiny.toml", "not a JSON object"),
+}
+
+
+def require_one_line(done: "subprocess.CompletedProcess[str]", said: str) -> None:
+    assert done.returncode not in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", BAD_INPUT)
+    def test_is_one_line_that_says_what_to_do(self, house: House, case: str) -> None:
+        prepare, command, said = BAD_INPUT[case]
+        prepare(house)
+        require_one_line(house.run(*command.split()), said)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+    def test_a_device_that_is_not_there_is_one_line(self, house: House) -> None:
+        require_one_line(house.run("train", "tiny.toml", "--out", "run", "--device", "cuda"), "cuda")
+
+    def test_debug_shows_the_traceback(self, house: House) -> None:
+        done = house.run("--debug", "train", "nowhere.toml")
+        assert done.returncode != 0
+        assert "Traceback" in done.stderr
+        assert "RecipeError: there is no recipe 'nowhere.toml'" in done.stderr
+
+    def test_a_truncated_checkpoint_is_one_line(self, trained: House) -> None:
+        checkpoint = trained.root / "broken" / "checkpoint.safetensors"
+        checkpoint.parent.mkdir()
+        checkpoint.write_bytes((trained.root / "whole" / "checkpoint.safetensors").read_bytes()[:-100])
+        require_one_line(trained.run("train", "long.toml", "--resume", "broken"), "broken/checkpoint.safetensors")
+
+    def test_a_checkpoint_of_another_model_is_one_line(self, trained: House) -> None:
+        done = trained.run("train", "long.toml", "--resume", "whole", "--set", "width=64")
+        require_one_line(done, "is of another model")
+
+    def test_a_folder_that_holds_a_run_is_not_overwritten(self, trained: House) -> None:
+        before = (trained.root / "whole" / "record.jsonl").read_bytes()
+        require_one_line(trained.run("train", "long.toml", "--out", "whole"), "holds a run already")
+        assert (trained.root / "whole" / "record.jsonl").read_bytes() == before

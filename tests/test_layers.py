@@ -1,0 +1,180 @@
+import pytest
+import torch
+from helpers import make_cnn, make_mlp
+from torch import Tensor, nn
+
+from halfstep.control.monitor import Audit
+from halfstep.conversion import convert
+from halfstep.mechanisms.layers import Gate, Unit, cast_floats, find_kind, make_unit, undo_unit
+from halfstep.plan import KINDS, Plan
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (nn.Linear(2, 2), "linear"),
+        (nn.Bilinear(2, 2, 2), "linear"),
+        (nn.Conv1d(2, 2, 1), "conv"),
+        (nn.Conv2d(2, 2, 1), "conv"),
+        (nn.ConvTranspose3d(2, 2, 1), "conv"),
+        (nn.Embedding(2, 2), "embedding"),
+        (nn.EmbeddingBag(2, 2), "embedding"),
+        (nn.BatchNorm2d(2), "norm"),
+        (nn.LayerNorm(2), "norm"),
+        (nn.GroupNorm(1, 2), "norm"),
+        (nn.RMSNorm(2), "norm"),
+        (nn.InstanceNorm1d(2), "norm"),
+        (nn.MultiheadAttention(2, 1), "attention"),
+        (nn.LSTM(2, 2), "recurrent"),
+        (nn.GRUCell(2, 2), "recurrent"),
+        (nn.ReLU(), ""),
+        (nn.Sequential(), ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_kind_follows_the_class(module: nn.Module, kind: str) -> None:
+    assert find_kind(module) == kind
+    assert kind in (*KINDS, "")
+
+
+def test_kind_of_a_subclass_is_that_of_its_base() -> None:
+    class Special(nn.Linear):
+        pass
+
+    assert find_kind(Special(2, 2)) == "linear"
+
+
+def test_unit_is_the_same_object_with_the_same_keys_and_is_still_an_instance_of_its_class() -> None:
+    layer = nn.Linear(4, 2)
+    weight, keys = layer.weight, list(layer.state_dict())
+    make_unit(layer, Unit, "cpu", "bf16", "")
+    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, Unit)
+    assert type(layer).__name__ == "Linear"
+    assert layer.weight is weight
+    assert list(layer.state_dict()) == keys
+    assert find_kind(layer) == "linear"
+
+
+def test_unit_computes_in_its_format_and_undo_gives_fp32_back() -> None:
+    layer, x = nn.Linear(4, 2), torch.randn(3, 4)
+    plain = layer(x)
+    make_unit(layer, Unit, "cpu", "bf16", "")
+    assert layer(x).dtype is torch.bfloat16
+    undo_unit(layer)
+    assert type(layer) is nn.Linear
+    assert "_halfstep" not in vars(layer)
+    assert torch.equal(layer(x), plain)
+
+
+def test_unit_converts_its_result_to_the_output_format() -> None:
+    layer = nn.Linear(4, 2)
+    make_unit(layer, Unit, "cpu", "bf16", "fp32")
+    y = layer(torch.ones(1, 4))
+    assert y.dtype is torch.float32
+    assert torch.equal(y, y.bfloat16().float())
+
+
+def test_gate_converts_only_the_result() -> None:
+    layer, x = nn.Linear(4, 2), torch.randn(3, 4)
+    plain = layer(x)
+    make_unit(layer, Gate, "cpu", "fp32", "bf16")
+    assert torch.equal(layer(x), plain.bfloat16())
+
+
+def test_hooks_run_on_a_unit_and_stay_after_undo() -> None:
+    layer = nn.Linear(4, 2)
+    calls: list[str] = []
+    layer.register_forward_pre_hook(lambda _module, _args: calls.append("before"))
+    layer.register_forward_hook(lambda _module, _args, _result: calls.append("after"))
+    make_unit(layer, Unit, "cpu", "bf16", "")
+    layer(torch.ones(1, 4))
+    undo_unit(layer)
+    layer(torch.ones(1, 4))
+    assert calls == ["before", "after", "before", "after"]
+
+
+def test_undo_restores_the_class_of_the_root() -> None:
+    layer = nn.Linear(4, 2)
+    conversion = convert(layer, Plan.parse("bf16-true"))
+    assert type(layer) is not nn.Linear
+    conversion.undo()
+    assert type(layer) is nn.Linear
+
+
+def test_undo_restores_a_container_that_is_the_root() -> None:
+    model = make_mlp()
+    with convert(model, Plan.preset("bf16-true")):
+        assert isinstance(model, Gate)
+        assert isinstance(model, nn.Sequential)
+    assert type(model) is nn.Sequential
+
+
+def test_casting_reaches_into_containers_and_leaves_integers_and_other_values_alone() -> None:
+    values = {"x": torch.ones(2), "ids": torch.ones(2, dtype=torch.int64), "nest": (torch.ones(1), [None, "a", 3])}
+    cast = cast_floats(values, torch.bfloat16)
+    assert cast["x"].dtype is cast["nest"][0].dtype is torch.bfloat16
+    assert cast["ids"] is values["ids"]
+    assert cast["nest"][1] == [None, "a", 3]
+
+
+def test_keyword_inputs_are_cast() -> None:
+    layer = nn.Linear(4, 2)
+    make_unit(layer, Unit, "cpu", "bf16", "")
+    assert layer(input=torch.ones(1, 4)).dtype is torch.bfloat16
+
+
+def test_fp32_unit_computes_in_fp32_under_bf16_autocast() -> None:
+    model = make_mlp()
+    make_unit(model[2], Unit, "cpu", "fp32", "")
+    with Audit(model) as audit, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 8)).float().sum().backward()
+    assert {path: set(counts) for path, counts in audit.computed.items() if path in "024"} == {
+        "0": {"bf16"}, "2": {"fp32"}, "4": {"bf16"},
+    }  # fmt: skip
+
+
+def test_bf16_unit_inside_fp32_unit_computes_in_bf16() -> None:
+    inner = nn.Linear(4, 4)
+    outer = nn.Sequential(inner, nn.Linear(4, 4))
+    make_unit(outer, Unit, "cpu", "fp32", "")
+    make_unit(inner, Unit, "cpu", "bf16", "fp32")
+    with Audit(outer) as audit, torch.autocast("cpu", torch.bfloat16):
+        outer(torch.randn(2, 4))
+    assert set(audit.computed["0"]) == {"bf16"}
+    assert set(audit.computed["1"]) == {"fp32"}
+
+
+def test_autocast_outside_is_in_force_again_after_a_unit_and_after_its_exception() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("no")
+
+    unit = Failing()
+    make_unit(unit, Unit, "cpu", "fp32", "")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="no"):
+            unit(torch.ones(1))
+        assert torch.is_autocast_enabled("cpu")
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype is torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_gradients_of_a_bf16_unit_on_fp32_weights_are_fp32() -> None:
+    model = make_cnn()
+    make_unit(model[0], Unit, "cpu", "bf16", "fp32")
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_two_modules_that_share_a_weight_may_compute_in_two_formats() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with (
+        convert(model, Plan.parse("path=1 compute=fp16\ncompute=bf16")) as conversion,
+        conversion.audit() as audit,
+        conversion.autocast(),
+    ):
+        model(torch.randn(2, 4))
+    assert set(audit.computed["0"]) == {"bf16"}
+    assert set(audit.computed["1"]) == {"fp16"}

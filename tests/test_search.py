@@ -1,0 +1,144 @@
+"""From measured costs to a plan: who leaves fp32, into what, and what the rest does."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfstep.control.search import NOISE, LayerCost, choose_formats
+from halfstep.plan import Plan, Settings
+
+MILLISECONDS = st.floats(0.001, 1000.0)
+
+
+def cost_of(path: str, casts: dict[str, float] | None = None, **products: float) -> LayerCost:
+    return LayerCost(path=path, shape=(8, 16, 32), products=products, casts=casts or {})
+
+
+def settings_of(plan: Plan, **modules: str) -> dict[str, Settings]:
+    return dict(plan.resolve(modules).table)
+
+
+@st.composite
+def cost_lists(draw: st.DrawFn) -> list[LayerCost]:
+    formats = draw(st.sampled_from([("fp32",), ("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "bf16", "fp16")]))
+    return [
+        LayerCost(
+            path=f"layer{i}",
+            shape=(4, 4, 4),
+            products={f: draw(MILLISECONDS) for f in formats},
+            casts={f: draw(MILLISECONDS) for f in formats if f != "fp32"},
+        )
+        for i in range(draw(st.integers(0, 4)))
+    ]
+
+
+def test_total_counts_products_and_casts() -> None:
+    cost = cost_of("fc", {"bf16": 0.25}, fp32=2.0, bf16=0.5)
+    assert (cost.total("fp32"), cost.total("bf16")) == (2.0, 0.75)
+
+
+def test_layer_that_gains_leaves_fp32_in_compute_and_storage() -> None:
+    plan = choose_formats([cost_of("fc", {"bf16": 0.1}, fp32=2.0, bf16=0.5)])
+    assert plan.name == "auto"
+    fc = settings_of(plan, fc="linear")["fc"]
+    assert (fc.compute, fc.storage, fc.master) == ("bf16", "bf16", "split")
+
+
+def test_casts_may_eat_the_gain() -> None:
+    plan = choose_formats([cost_of("fc", {"bf16": 1.6}, fp32=2.0, bf16=0.5)])
+    assert {rule.compute for rule in plan.rules} == {"fp32"}
+
+
+def test_gain_within_noise_is_no_gain() -> None:
+    below = choose_formats([cost_of("fc", fp32=1.0, bf16=1.0 / (NOISE - 0.01))])
+    above = choose_formats([cost_of("fc", fp32=1.0, bf16=1.0 / (NOISE + 0.01))])
+    assert (below.rules[0].compute, above.rules[0].compute) == ("fp32", "bf16")
+
+
+def test_fastest_format_wins() -> None:
+    plan = choose_formats([cost_of("a", fp32=4.0, bf16=2.0, fp16=1.0), cost_of("b", fp32=4.0, bf16=1.0, fp16=2.0)])
+    assert [rule.compute for rule in plan.rules[:2]] == ["fp16", "bf16"]
+
+
+def test_only_fp32_gives_plain_fp32_for_all() -> None:
+    plan = choose_formats([cost_of("fc", fp32=1.0)])
+    assert plan.loss_scale == "none"
+    fc = settings_of(plan, fc="linear", relu="", embed="embedding")
+    assert {(s.compute, s.storage, s.master, s.output) for s in fc.values()} == {("fp32", "fp32", "none", "")}
+
+
+def test_no_layers_give_plain_fp32() -> None:
+    assert [rule.compute for rule in choose_formats([]).rules] == ["fp32"]
+
+
+def test_operations_between_follow_the_layers_that_left_fp32() -> None:
+    plan = choose_formats([cost_of("a", fp32=9.0, bf16=8.9), cost_of("b", fp32=2.0, bf16=0.5)])
+    table = settings_of(plan, a="linear", b="linear", relu="")
+    assert (table["a"].compute, table["b"].compute) == ("fp32", "bf16")
+    assert (table["relu"].compute, table["relu"].storage, table["relu"].cast) == ("bf16", "fp32", "op")
+
+
+def test_rest_follows_the_format_with_the_most_work() -> None:
+    costs = [
+        cost_of("a", fp32=1.0, bf16=0.1, fp16=0.5),
+        cost_of("b", fp32=1.0, bf16=0.1, fp16=0.5),
+        cost_of("c", fp32=9.0, bf16=5.0, fp16=1.0),
+    ]
+    table = settings_of(choose_formats(costs), a="linear", c="linear", relu="")
+    assert [table[path].compute for path in ("a", "c", "relu")] == ["bf16", "fp16", "fp16"]
+
+
+def test_embeddings_are_stored_in_the_format_of_the_rest() -> None:
+    plan = choose_formats([cost_of("fc", fp32=2.0, bf16=0.5)])
+    embed = settings_of(plan, embed="embedding")["embed"]
+    assert (embed.compute, embed.storage, embed.master) == ("bf16", "bf16", "split")
+
+
+def test_fp16_keeps_fp32_masters_because_it_cannot_be_split() -> None:
+    plan = choose_formats([cost_of("fc", fp32=2.0, fp16=0.5)], master="split")
+    assert {rule.master for rule in plan.rules if rule.storage == "fp16"} == {"fp32"}
+
+
+def test_master_is_taken_as_asked_behind_bf16() -> None:
+    plan = choose_formats([cost_of("fc", fp32=2.0, bf16=0.5)], master="fp32")
+    assert {rule.master for rule in plan.rules if rule.storage == "bf16"} == {"fp32"}
+
+
+@pytest.mark.parametrize(("format", "loss_scale"), [("bf16", "none"), ("fp16", "dynamic")])
+def test_loss_is_scaled_for_fp16_and_not_for_bf16(format: str, loss_scale: str) -> None:
+    cost = LayerCost(path="fc", shape=(8, 8, 8), products={"fp32": 2.0, format: 0.5}, casts={})
+    assert choose_formats([cost]).loss_scale == loss_scale
+
+
+def test_loss_is_scaled_when_any_layer_computes_in_fp16() -> None:
+    costs = [cost_of("a", fp32=9.0, bf16=1.0, fp16=2.0), cost_of("b", fp32=1.0, bf16=0.5, fp16=0.1)]
+    plan = choose_formats(costs)
+    assert [rule.compute for rule in plan.rules[:2]] == ["bf16", "fp16"]
+    assert plan.loss_scale == "dynamic"
+
+
+def test_reason_holds_the_numbers_it_was_decided_by() -> None:
+    costs = [
+        cost_of("fast", {"bf16": 0.1}, fp32=2.0, bf16=0.4),
+        cost_of("slow", {"bf16": 0.5}, fp32=2.0, bf16=1.75),
+    ]
+    fast, slow, *_ = choose_formats(costs).rules
+    assert fast.why == "8x16x32: bf16 0.5 ms with casts, fp32 2 ms: 4.0x"
+    assert slow.why == "8x16x32: fp32 2 ms, bf16 2.25 ms with casts: no gain"
+    assert choose_formats([cost_of("fc", fp32=2.0)]).rules[0].why == (
+        "8x16x32: fp32 2 ms, no 16-bit format is fast here with casts: no gain"
+    )
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(cost_lists())
+def test_no_layer_gets_a_format_slower_than_fp32(costs: list[LayerCost]) -> None:
+    plan = choose_formats(costs)
+    table = plan.resolve({cost.path: "linear" for cost in costs}).table
+    for cost in costs:
+        chosen = table[cost.path].compute
+        assert cost.total(chosen) <= cost.total("fp32")
+        assert chosen == "fp32" or cost.total("fp32") / cost.total(chosen) >= NOISE
+    assert plan.resolve({cost.path: "linear" for cost in costs}).dead == ()
+    assert Plan.parse(str(plan)) == plan
+    assert plan == choose_formats(costs)

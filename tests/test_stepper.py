@@ -1,0 +1,892 @@
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    FP32_MASTER,
+    NO_MASTER,
+    PRESET_NAMES,
+    SPLIT,
+    assert_near,
+    assert_same,
+    copy_weights,
+    has_hooks,
+    make_class_batches,
+    make_cnn,
+    make_mlp,
+    make_profile,
+    make_regression_batches,
+    seeded,
+)
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+
+from halfstep import stepper as stepper_module
+from halfstep.control.sensitivity import Choice
+from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
+from halfstep.mechanisms.loss_scale import LossScaleRule
+from halfstep.plan import Plan
+from halfstep.records import StepOutcome
+from halfstep.stepper import Stepper, prepare, read_plan
+
+FP16_MASTER = "compute=fp16 storage=fp16 master=fp32"
+MODES = (*PRESET_NAMES, SPLIT, FP32_MASTER, NO_MASTER, FP16_MASTER)
+TRUTHFUL = ("32-true", "bf16-mixed", "16-mixed", SPLIT, FP32_MASTER, FP16_MASTER)  # an fp32 truth is kept
+Batch = tuple[Tensor, Tensor]
+
+
+def train(stepper: Stepper, batches: Iterable[Batch]) -> list[StepOutcome]:
+    outcomes = []
+    for x, y in batches:
+        with stepper.autocast():
+            loss = F.mse_loss(stepper.model(x).float(), y)
+        outcomes.append(stepper.step(loss))
+    return outcomes
+
+
+def train_by_hand(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    *,
+    accumulate: int = 1,
+    clip: Callable[[list[nn.Parameter]], object] = lambda _: None,
+    scheduler: LRScheduler | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """The loop that everybody writes."""
+    for number, (x, y) in enumerate(batches, start=1):
+        with autocast():
+            loss = F.mse_loss(model(x).float(), y)
+        (loss / accumulate).backward()
+        if number % accumulate:
+            continue
+        clip(list(model.parameters()))
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+
+
+def poison(parameter: Tensor, value: float) -> Any:
+    """Put `value` into the gradient of a parameter; the handle that is returned takes it out again."""
+    return parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+def make_adamw(model: nn.Module, **options: Any) -> AdamW:
+    return AdamW(model.parameters(), **({"lr": 1e-2} | options))
+
+
+# --- training in every mode
+
+
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+def test_three_line_loop_trains_a_classifier(mode: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model, eps=1e-4), mode, profile=make_profile("slower"))
+    losses, outcomes = [], []
+    for x, y in make_class_batches(60):
+        with stepper.autocast():
+            loss = F.cross_entropy(stepper.model(x), y)
+        outcomes.append(stepper.step(loss))
+        losses.append(loss.item())
+    assert all(outcome.applied for outcome in outcomes[10:])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert stepper.applied + stepper.skipped == 60
+
+
+@pytest.mark.parametrize("mode", PRESET_NAMES)
+def test_model_with_batch_norm_trains(mode: str) -> None:
+    model = make_cnn()
+    with seeded(1):
+        x = torch.randn(16, 3, 8, 8)
+        y = x.mean((2, 3))
+    stepper = prepare(model, make_adamw(model, eps=1e-4), mode)
+    losses = []
+    for _ in range(20):
+        with stepper.autocast():
+            loss = F.mse_loss(stepper.model(x).float(), y)
+        stepper.step(loss)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# --- equal to what one would write in plain PyTorch
+
+
+@pytest.mark.parametrize("kind", ["plain", "accumulated", "scheduled", "all"])
+def test_32_true_equals_a_loop_written_by_hand_bit_for_bit(kind: str) -> None:
+    accumulate = 2 if kind in ("accumulated", "all") else 1
+    models = make_mlp(), make_mlp()
+    ours, theirs = (make_adamw(model) for model in models)
+    schedules = [CosineAnnealingLR(o, 50) for o in (ours, theirs)] if kind in ("scheduled", "all") else []
+    batches = make_regression_batches(50 * accumulate)
+    stepper = prepare(models[0], ours, "32-true", accumulate=accumulate, schedulers=schedules[:1])
+    outcomes = train(stepper, batches)
+    train_by_hand(models[1], theirs, batches, accumulate=accumulate, scheduler=schedules[1] if schedules else None)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    assert sum(outcome.applied for outcome in outcomes) == 50
+    assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+
+
+def test_32_true_on_a_model_with_batch_norm_and_dropout_equals_a_loop_written_by_hand_bit_for_bit() -> None:
+    models = [nn.Sequential(make_cnn(), nn.Dropout(0.3)) for _ in range(2)]
+    with seeded(5):
+        batches = [(torch.randn(4, 3, 8, 8), torch.randn(4, 3)) for _ in range(20)]
+    with seeded(1):
+        train(prepare(models[0], make_adamw(models[0]), "32-true"), batches)
+    with seeded(1):
+        train_by_hand(models[1], make_adamw(models[1]), batches)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_in_32_true_follows_clip_grad_norm(accumulate: int) -> None:
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(50 * accumulate)
+    ours, theirs = (SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models)
+    outcomes = train(prepare(models[0], ours, "32-true", accumulate=accumulate, clip=0.05), batches)
+    train_by_hand(models[1], theirs, batches, accumulate=accumulate,
+                  clip=lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.05))  # fmt: skip
+    norms = [outcome.gradient_norm for outcome in outcomes if outcome.gradient_norm is not None]
+    assert sum(norm > 0.05 for norm in norms) > 5, "nothing was clipped"
+    for name, weight in copy_weights(models[0]).items():
+        assert_near(weight, copy_weights(models[1])[name], torch.float32)
+
+
+def test_clipping_in_32_true_with_adamw_equals_a_loop_written_by_hand_bit_for_bit() -> None:
+    def clip(parameters: list[nn.Parameter]) -> None:
+        norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.mul_(min(1.0, 0.05 / (norm + 1e-6)))
+
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(50)
+    train(prepare(models[0], make_adamw(models[0]), "32-true", clip=0.05), batches)
+    train_by_hand(models[1], make_adamw(models[1]), batches, clip=clip)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bf16_mixed_equals_torch_autocast_bit_for_bit(accumulate: int) -> None:
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(30)
+    train(prepare(models[0], make_adamw(models[0]), "bf16-mixed", accumulate=accumulate), batches)
+    train_by_hand(models[1], make_adamw(models[1]), batches, accumulate=accumulate,
+                  autocast=lambda: torch.autocast("cpu", torch.bfloat16))  # fmt: skip
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+
+
+def test_16_mixed_skips_and_scales_as_torch_amp_does() -> None:
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(40)
+    weights = [1e9 if number in (3, 4, 11, 25) else 1.0 for number in range(40)]
+    stepper = prepare(models[0], make_adamw(models[0]), "16-mixed")
+    outcomes = []
+    for (x, y), weight in zip(batches, weights, strict=True):
+        with stepper.autocast():
+            loss = weight * F.mse_loss(models[0](x).float(), y)
+        outcomes.append(stepper.step(loss))
+
+    optimizer, scaler = make_adamw(models[1]), torch.amp.GradScaler("cpu")
+    scales, skipped = [], []
+    for (x, y), weight in zip(batches, weights, strict=True):
+        with torch.autocast("cpu", torch.float16):
+            loss = weight * F.mse_loss(models[1](x).float(), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        before = scaler.get_scale()
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        skipped.append(scaler.get_scale() < before)
+
+    assert [outcome.skipped for outcome in outcomes] == skipped
+    assert {3, 4, 11, 25} <= {number for number, skip in enumerate(skipped) if skip}
+    assert [outcome.scale_after for outcome in outcomes] == scales
+    for name, weight_ in copy_weights(models[0]).items():
+        assert_near(weight_, copy_weights(models[1])[name], torch.float32, scale=10)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+def test_split_and_fp32_master_give_the_same_truth_bit_for_bit_while_no_weight_is_a_tie(kind: type[Optimizer]) -> None:
+    """Both update the same fp32 word; the live weights differ only where the word lies halfway between two bf16."""
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(30)
+    steppers = [
+        prepare(model, kind([*model.parameters()], lr=0.01), plan)
+        for model, plan in zip(models, (SPLIT, FP32_MASTER), strict=True)
+    ]
+    compared = 0
+    for batch in batches:
+        truth = copy_weights(models[0])
+        if any(((w.view(torch.int32) & 0xFFFF) == 0x8000).any() for w in truth.values()):
+            break
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+        for stepper in steppers:
+            assert train(stepper, [batch])[0].applied
+        assert_same(copy_weights(models[0]), copy_weights(models[1]))
+        compared += 1
+    assert compared >= 3
+
+
+def test_split_and_fp32_master_stay_close_after_a_tie() -> None:
+    """A tie is rounded away from zero by the split, because 16 bits cannot remember its parity, and to even by fp32."""
+    models = make_mlp(), make_mlp()
+    for model in models:
+        with torch.no_grad():
+            model[0].weight.view(torch.int32).bitwise_and_(-65536).bitwise_or_(0x8000)
+    steppers = [
+        prepare(model, SGD(model.parameters(), lr=0.01), plan)
+        for model, plan in zip(models, (SPLIT, FP32_MASTER), strict=True)
+    ]
+    assert not torch.equal(models[0][0].weight, models[1][0].weight)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    for stepper in steppers:
+        train(stepper, make_regression_batches(20))
+    for name, weight in copy_weights(models[0]).items():
+        assert_near(weight, copy_weights(models[1])[name], torch.bfloat16, scale=20)
+
+
+@pytest.mark.parametrize("sparse", [SGD, torch.optim.SparseAdam])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sparse_gradients_in_32_true_equal_a_loop_written_by_hand(sparse: type[Optimizer], accumulate: int) -> None:
+    def build() -> nn.Embedding:
+        with seeded(0):
+            return nn.Embedding(20, 4, sparse=True)
+
+    with seeded(1):
+        batches = [(torch.randint(20, (6,)), torch.randn(6, 4)) for _ in range(10)]
+    models = build(), build()
+    ours, theirs = (sparse([*model.parameters()], lr=0.1) for model in models)
+    stepper = prepare(models[0], ours, "32-true", accumulate=accumulate)
+    outcomes = train(stepper, batches)
+    train_by_hand(models[1], theirs, batches, accumulate=accumulate)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    assert sum(outcome.applied for outcome in outcomes) == 10 // accumulate
+
+
+def test_sparse_gradients_are_measured_clipped_and_checked_like_dense_ones() -> None:
+    results = []
+    for sparse in (False, True):
+        with seeded(0):
+            model = nn.Embedding(20, 4, sparse=sparse)
+        stepper = prepare(model, SGD(model.parameters(), lr=1.0), "32-true", clip=0.01)
+        healthy = train(stepper, [(torch.tensor([1, 1, 3]), torch.zeros(3, 4))])[0]
+        bad = train(stepper, [(torch.tensor([2]), torch.full((1, 4), math.nan))])[0]
+        assert (bad.status, bad.tensors) == ("skipped", ("weight",))
+        results.append((healthy.gradient_norm, copy_weights(model)["weight"]))
+    assert results[0][0] == pytest.approx(results[1][0])
+    assert_near(results[0][1], results[1][1], torch.float32)
+
+
+def test_model_in_fp64_trains_under_32_true() -> None:
+    model = make_mlp().double()
+    stepper = prepare(model, make_adamw(model), "32-true")
+    (x, y), *_ = make_regression_batches(1)
+    loss = F.mse_loss(model(x.double()), y.double())
+    assert stepper.step(loss).applied
+    assert model[0].weight.dtype is torch.float64
+
+
+# --- outcomes
+
+
+def test_outcomes_of_a_window_are_accumulated_then_applied() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "16-mixed", accumulate=3)
+    outcomes = train(stepper, make_regression_batches(6))
+    assert [outcome.status for outcome in outcomes] == ["accumulated", "accumulated", "applied"] * 2
+    assert [outcome.step for outcome in outcomes] == [0, 0, 1, 1, 1, 2]
+    assert all(o.gradient_norm is None and not o.cause and not o.tensors for o in outcomes if o.status == "accumulated")
+    assert all(outcome.scale_before == outcome.scale_after == 2.0**16 for outcome in outcomes)
+    assert (stepper.applied, stepper.skipped) == (2, 0)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT, NO_MASTER])
+def test_gradient_norm_is_that_of_torch_after_unscaling_and_before_clipping(mode: str) -> None:
+    model, batch = make_mlp(), make_regression_batches(1)
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), mode, clip=1e-3)
+    with stepper.autocast():
+        loss = F.mse_loss(model(batch[0][0]).float(), batch[0][1])
+    gradients = torch.autograd.grad(stepper.scale * loss, list(model.parameters()))
+    expected = float(nn.utils.get_total_norm([g.float() for g in gradients])) / stepper.scale
+    outcome = train(stepper, batch)[0]
+    assert outcome.gradient_norm is not None
+    assert outcome.gradient_norm == pytest.approx(expected, rel=1e-6)
+    assert outcome.gradient_norm > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_skip_names_cause_and_guilty_tensors_in_the_order_of_the_model(mode: str) -> None:
+    model = make_mlp()
+    groups = [{"params": list(module.parameters())} for module in (model[4], model[2], model[0])]
+    stepper = prepare(model, SGD(groups, lr=0.1), mode)
+    for parameter in (model[4].bias, model[0].weight, model[2].bias):
+        poison(parameter, math.nan)
+    outcome = train(stepper, make_regression_batches(1))[0]
+    assert outcome.skipped
+    assert outcome.tensors == ("0.weight", "2.bias", "4.bias")
+    assert "3 gradients are not finite, the first is 0.weight" in outcome.cause
+    dynamic = mode == "16-mixed"
+    assert (outcome.scale_before, outcome.scale_after) == ((65536.0, 32768.0) if dynamic else (1.0, 1.0))
+    assert (outcome.step, stepper.skipped) == (0, 1)
+
+
+def test_parameter_of_the_optimizer_that_is_not_in_the_model_is_checked_too() -> None:
+    model, extra = make_mlp(), nn.Parameter(torch.ones(3))
+    stepper = prepare(model, SGD([*model.parameters(), extra], lr=0.1), "32-true")
+    poison(extra, math.inf)
+    x, y = make_regression_batches(1)[0]
+    outcome = stepper.step(F.mse_loss(model(x) * extra, y))
+    assert outcome.tensors == ("(a parameter outside the model)",)
+    assert torch.equal(extra, torch.ones(3))
+    assert extra.grad is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_skip_moves_neither_weights_nor_optimizer_state_nor_schedule(mode: str) -> None:
+    model = make_mlp()
+    optimizer = make_adamw(model, eps=1e-4)
+    schedule = StepLR(optimizer, 1, 0.5)
+    stepper = prepare(model, optimizer, mode, schedulers=schedule)
+    train(stepper, make_regression_batches(2))
+    applied = stepper.applied
+    weights, live = copy_weights(model), [p.detach().clone() for p in model.parameters()]
+    states = {p: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
+    rate = optimizer.param_groups[0]["lr"]
+    poison(model[2].weight, math.inf)
+    assert train(stepper, make_regression_batches(1))[0].skipped
+    assert_same(copy_weights(model), weights)
+    assert all(torch.equal(now, before) for now, before in zip(model.parameters(), live, strict=True))
+    for parameter, state in states.items():
+        assert_same(optimizer.state[parameter], state)
+    assert optimizer.param_groups[0]["lr"] == rate
+    assert schedule.last_epoch == stepper.applied == applied
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_schedule_steps_once_for_every_applied_step_and_only_then() -> None:
+    model = make_mlp()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    schedules = [StepLR(optimizer, 1, 0.5), StepLR(optimizer, 2, 0.1)]
+    stepper = prepare(model, optimizer, "32-true", accumulate=2, schedulers=schedules)
+    train(stepper, make_regression_batches(4))
+    handle = poison(model[0].weight, math.nan)
+    train(stepper, make_regression_batches(2))
+    handle.remove()
+    train(stepper, make_regression_batches(1))
+    assert [schedule.last_epoch for schedule in schedules] == [2, 2]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5 * 0.1)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", "16-mixed", SPLIT])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_loss_that_is_not_finite_is_skipped_and_said_to_be_the_cause(mode: str, value: float) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), mode)
+    before = copy_weights(model)
+    with stepper.autocast():
+        loss = model(torch.ones(2, 8)).float().mean() + value
+    outcome = stepper.step(loss)
+    assert outcome.skipped
+    assert outcome.cause == f"the loss is {value}"
+    assert_same(copy_weights(model), before)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT, NO_MASTER])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_nan_in_one_micro_batch_skips_the_window_and_the_next_one_is_applied(mode: str, bad: int) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), mode, accumulate=3)
+    before = copy_weights(model)
+    batches = make_regression_batches(6)
+    batches[bad] = (batches[bad][0].clone().fill_(math.nan), batches[bad][1])
+    outcomes = train(stepper, batches[:3])
+    assert [outcome.status for outcome in outcomes] == ["accumulated", "accumulated", "skipped"]
+    assert outcomes[-1].cause == "the loss is nan"
+    assert outcomes[-1].tensors == tuple(name for name, _ in model.named_parameters())
+    assert_same(copy_weights(model), before)
+    last = train(stepper, batches[3:])[-1]
+    assert last.applied
+    assert not last.cause
+
+
+def test_step_without_any_gradient_is_skipped_and_leaves_the_scale() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model[0].parameters(), lr=0.1), "16-mixed")
+    outcome = stepper.step(model[4].weight.square().mean())
+    assert outcome.skipped
+    assert "gradient" in outcome.cause
+    assert outcome.scale_before == outcome.scale_after
+
+
+@pytest.mark.parametrize("mode", ["32-true", NO_MASTER])
+def test_parameters_that_the_optimizer_does_not_hold_stay_and_do_not_count_in_the_norm(mode: str) -> None:
+    x, y = make_regression_batches(1)[0]
+    norms = []
+    for accumulate in (1, 2):
+        model = make_mlp()
+        stepper = prepare(model, SGD(model[4].parameters(), lr=0.1), mode, accumulate=accumulate)
+        before = copy_weights(model)
+        outcome = train(stepper, [(x, y)] * accumulate)[-1]
+        assert outcome.gradient_norm is not None
+        norms.append(outcome.gradient_norm)
+        assert torch.equal(copy_weights(model)["0.weight"], before["0.weight"])
+        assert not torch.equal(copy_weights(model)["4.weight"], before["4.weight"])
+        assert model[0].weight.grad is None
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+def test_small_gradients_are_not_lost_beside_a_large_one_when_micro_batches_of_bf16_weights_are_summed() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), NO_MASTER, accumulate=64)
+    for weight in (256.0, *[1.0] * 63):
+        outcome = stepper.step(model.weight.float().sum() * weight)
+    assert outcome.gradient_norm == pytest.approx((256 + 63) / 64, rel=1e-3)  # 4.0 where sums are kept in bf16
+
+
+def test_norm_of_summed_16_bit_gradients_does_not_depend_on_the_order_in_memory() -> None:
+    with seeded(0):
+        slopes = torch.randn(60, 10)
+    norms, kept = set(), []
+    for _ in range(12):
+        model = nn.ParameterList([nn.Parameter(torch.zeros(10)) for _ in slopes])
+        kept.append(model)  # so that the next one lies elsewhere
+        stepper = prepare(model, SGD(model.parameters(), lr=0.1), NO_MASTER, accumulate=2)
+        for _ in range(2):
+            outcome = stepper.step((torch.stack([*model]).float() * slopes).sum())
+        norms.add(outcome.gradient_norm)
+    assert len(norms) == 1
+
+
+# --- loss scale
+
+
+def test_scale_grows_after_an_interval_of_clean_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepper_module, "DYNAMIC", LossScaleRule(interval=3))
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.01), "16-mixed")
+    stepper.load_state_dict(stepper.state_dict() | {"loss_scale": {"scale": 8.0, "clean": 0, "overflows": 0}})
+    outcomes = train(stepper, make_regression_batches(7))
+    assert [outcome.scale_after for outcome in outcomes] == [8, 8, 16, 16, 16, 32, 32]
+    assert [outcome.scale_before for outcome in outcomes] == [8, 8, 8, 16, 16, 16, 32]
+
+
+def test_scale_after_200_overflows_is_above_zero_and_the_next_healthy_step_is_applied() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "16-mixed")
+    before = copy_weights(model)
+    handle = poison(model[0].weight, math.inf)
+    outcomes = train(stepper, make_regression_batches(200))
+    assert all(outcome.skipped for outcome in outcomes)
+    assert min(outcome.scale_after for outcome in outcomes) > 0
+    assert stepper.skipped == 200
+    handle.remove()
+    outcome = train(stepper, make_regression_batches(1))[0]
+    assert outcome.applied
+    assert all(weight.isfinite().all() for weight in copy_weights(model).values())
+    assert not torch.equal(copy_weights(model)["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_finite_gradients_whose_squares_overflow_fp32_are_applied(clip: float | None) -> None:
+    model = nn.Linear(4, 1, bias=False)
+    before = copy_weights(model)["weight"]
+    poison(model.weight, 1e25)
+    stepper = prepare(model, SGD(model.parameters(), lr=1e-26 if clip is None else 1.0), "32-true", clip=clip)
+    outcome = stepper.step(model(torch.ones(1, 4)).sum())
+    assert outcome.applied
+    assert outcome.gradient_norm == pytest.approx(2e25)
+    moved = before - copy_weights(model)["weight"]
+    assert_near(moved, torch.full((1, 4), 0.1 if clip is None else 0.5), torch.float32, scale=10)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT, FP16_MASTER])
+def test_clipping_happens_after_unscaling(mode: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=1.0), mode, clip=0.01)
+    before = copy_weights(model)
+    outcome = train(stepper, make_regression_batches(1))[0]
+    assert outcome.applied
+    after = copy_weights(model)
+    moved = nn.utils.get_total_norm([after[name] - before[name] for name in before])
+    assert float(moved) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_gradients_below_the_threshold_are_not_clipped() -> None:
+    models = make_mlp(), make_mlp()
+    for model, clip in zip(models, (None, 1e6), strict=True):
+        stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", clip=clip)
+        train(stepper, make_regression_batches(3))
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+
+
+# --- errors
+
+
+def test_model_without_trainable_parameters_is_refused() -> None:
+    model = make_mlp().requires_grad_(False)
+    with pytest.raises(ModelError, match="no trainable parameters"):
+        prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+
+
+def test_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"none of the 6 trainable parameters"):
+        prepare(make_mlp(), SGD(make_mlp().parameters(), lr=0.1), "32-true")
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda model: model(torch.ones(2, 8)).mean().detach(), "requires_grad=False"),
+        (lambda model: torch.tensor(1.0), "requires_grad=False"),
+        (lambda model: model(torch.ones(2, 8)), r"shape \(2, 3\)"),
+    ],
+    ids=["detached", "constant", "vector"],
+)
+def test_loss_that_is_not_one_number_with_a_graph_is_refused(
+    build: Callable[[nn.Module], Tensor], words: str
+) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    with pytest.raises(ModelError, match=words):
+        stepper.step(build(model))
+    assert train(stepper, make_regression_batches(1))[0].applied
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 0}, {"accumulate": -1}, {"clip": 0.0}, {"clip": -1.0}])
+def test_accumulate_below_one_and_clip_not_above_zero_are_refused(options: dict[str, Any]) -> None:
+    model = make_mlp()
+    with pytest.raises(ModelError, match="accumulate must be at least 1 and clip above 0"):
+        prepare(model, SGD(model.parameters(), lr=0.1), "32-true", **options)
+
+
+def test_16_true_with_an_eps_that_is_zero_in_fp16_is_refused_and_the_model_left_as_it_was() -> None:
+    model = make_mlp()
+    before = copy_weights(model)
+    with pytest.raises(UnsupportedError, match=r"AdamW has eps=1e-08, which is 0 in fp16"):
+        prepare(model, AdamW(model.parameters()), "16-true")
+    assert type(model) is nn.Sequential
+    assert type(model[0]) is nn.Linear
+    assert_same({name: p.detach() for name, p in model.named_parameters()}, before)
+
+
+def test_model_that_is_16_bits_wide_already_is_refused() -> None:
+    model = make_mlp().bfloat16()
+    with pytest.raises(ModelError, match=r"'0\.weight' is torch\.bfloat16 already"):
+        prepare(model, SGD(model.parameters(), lr=0.1), "bf16-mixed")
+
+
+@pytest.mark.parametrize(
+    ("plan", "error"), [("bf17-mixed", PlanError), ("path=nowhere compute=bf16", PlanError),
+                        ("compute=bf17", FormatError), ("compute=fp8_e4m3", UnsupportedError), ("no.toml", PlanError)],
+)  # fmt: skip
+def test_plan_that_cannot_be_read_or_honoured_is_refused_and_the_model_untouched(
+    plan: str, error: type[Exception]
+) -> None:
+    model = make_mlp()
+    with pytest.raises(error) as caught:
+        prepare(model, SGD(model.parameters(), lr=0.1), plan)
+    assert "\n" not in str(caught.value)
+    assert_same({name: p.detach() for name, p in model.named_parameters()}, copy_weights(make_mlp()))
+    assert not has_hooks(model)
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json", "plan"])
+def test_plan_is_read_from_a_file(tmp_path: Path, suffix: str) -> None:
+    plan = Plan.parse(f"name=mine loss_scale=dynamic\npath='re:[0-3]' compute=fp32\n{SPLIT}")
+    plan.save(tmp_path / f"mine.{suffix}")
+    assert read_plan(str(tmp_path / f"mine.{suffix}")) == plan
+    assert read_plan(plan) is plan
+
+
+# --- auto
+
+
+def take_plan(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
+    """Let "auto" choose this plan, whatever was measured."""
+    choice = Choice(plan=Plan.parse(plan), why="chosen by hand", seconds=0.5)
+    monkeypatch.setattr(stepper_module, "choose_plan", lambda *_args, **_options: choice)
+
+
+def test_auto_is_fp32_until_a_training_batch_is_seen() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "auto", profile=make_profile("slower"))
+    assert stepper.plan.name == "32-true"
+    assert stepper.state_dict()["plan"] is None
+    model.eval()
+    model(torch.ones(2, 8))
+    model.train()
+    with torch.no_grad():
+        model(torch.ones(2, 8))
+    assert stepper.state_dict()["plan"] is None
+    assert train(stepper, make_regression_batches(1))[0].applied
+    assert stepper.state_dict()["plan"] is not None
+    assert not has_hooks(model)
+
+
+def test_auto_on_a_machine_without_fast_16_bits_stays_in_fp32_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: str) -> None:
+        raise AssertionError("the profile was given")
+
+    monkeypatch.setattr(stepper_module, "get_profile", fail)
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(10)
+    stepper = prepare(models[0], make_adamw(models[0]), "auto", profile=make_profile("slower"))
+    train(stepper, batches)
+    train_by_hand(models[1], make_adamw(models[1]), batches)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    assert stepper.plan_record is not None
+    assert stepper.plan.name == "auto"
+    assert "no 16-bit format is faster than fp32" in stepper.plan_record.why
+    assert "bf16 by hand" in stepper.plan_record.why
+    assert {layer.compute for layer in stepper.plan_record.layers} == {"fp32"}
+
+
+def test_auto_on_a_machine_with_fast_bf16_gives_every_layer_a_format_and_a_reason() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "auto", profile=make_profile("native"))
+    train(stepper, make_regression_batches(3))
+    assert stepper.plan_record is not None
+    assert stepper.plan_record.why
+    assert [layer.path for layer in stepper.plan_record.layers] == ["0", "2", "4"]
+    assert all(layer.why for layer in stepper.plan_record.layers)
+
+
+def test_auto_asks_for_the_profile_of_this_machine_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepper_module, "get_profile", lambda device: make_profile("slower"))
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model))
+    train(stepper, make_regression_batches(1))
+    assert stepper.plan.name == "auto"
+
+
+def test_choosing_a_plan_leaves_random_numbers_and_batch_norm_as_they_were() -> None:
+    models = [nn.Sequential(make_cnn(), nn.Dropout(0.5)) for _ in range(2)]
+    states = []
+    for model, plan, profile in zip(models, ("auto", "32-true"), (make_profile("native"), None), strict=True):
+        stepper = prepare(model, SGD(model.parameters(), lr=0.0), plan, profile=profile)
+        with seeded(3):
+            with stepper.autocast():
+                loss = model(torch.randn(4, 3, 8, 8)).float().square().mean()
+            stepper.step(loss)
+            states.append((torch.get_rng_state(), copy_weights(model)))
+    assert torch.equal(states[0][0], states[1][0])
+    batches_seen = "0.1.num_batches_tracked"
+    assert states[0][1][batches_seen] == states[1][1][batches_seen] == 1
+    torch.testing.assert_close(states[0][1], states[1][1], rtol=1.6e-2, atol=1e-3)
+
+
+def test_plan_that_auto_chose_is_in_force_in_the_first_step_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_plan(monkeypatch, SPLIT)
+    models, batches = (make_mlp(), make_mlp()), make_regression_batches(5)
+    chosen = prepare(models[0], make_adamw(models[0]), "auto", profile=make_profile())
+    given = prepare(models[1], make_adamw(models[1]), SPLIT)
+    for batch in batches:
+        for stepper in (chosen, given):
+            assert train(stepper, [batch])[0].applied
+        assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    assert str(chosen.plan) == str(given.plan)
+    assert chosen.plan_record is not None
+    assert (chosen.plan_record.why, chosen.plan_record.seconds) == ("chosen by hand", 0.5)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_auto_casts_what_comes_after_the_model_in_the_first_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_plan(monkeypatch, "bf16-mixed")
+    model, head = make_mlp(), torch.ones(3, 2)
+    stepper = prepare(model, make_adamw(model), "auto", profile=make_profile())
+    with stepper.autocast():
+        first = model(torch.ones(2, 8)) @ head
+    with stepper.autocast():
+        second = model(torch.ones(2, 8)) @ head
+    assert first.dtype is second.dtype is torch.bfloat16
+    assert torch.equal(first, second)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_adopting_a_plan_ends_the_wait_of_auto() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "auto", profile=make_profile())
+    stepper.adopt(Plan.preset("bf16-mixed"), "asked for")
+    train(stepper, make_regression_batches(1))
+    assert stepper.plan.name == "bf16-mixed"
+    assert stepper.plan_record is not None
+    assert stepper.plan_record.why == "asked for"
+    assert not has_hooks(model)
+
+
+# --- state
+
+
+def test_state_round_trip_with_every_field_away_from_its_default() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "16-mixed")
+    fresh = stepper.state_dict()
+    state = {
+        "plan": str(Plan.parse(f"name=mine loss_scale=dynamic\npath='re:[0-3]' compute=fp32 storage=fp32 master=none why='by hand'\n{SPLIT}")),
+        "loss_scale": {"scale": 8.0, "clean": 7, "overflows": 2},
+        "applied": 5,
+        "skipped": 3,
+        "micro": 0,
+    }
+    assert state.keys() == fresh.keys()
+    assert all(state[key] != fresh[key] for key in ("plan", "loss_scale", "applied", "skipped"))
+    stepper.load_state_dict(state)
+    assert stepper.state_dict() == state
+    assert (stepper.scale, stepper.applied, stepper.skipped) == (8.0, 5, 3)
+    assert model[4].weight.dtype is torch.bfloat16
+    assert model[0].weight.dtype is torch.float32
+
+
+def test_state_of_a_waiting_auto_waits_again() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "auto", profile=make_profile("slower"))
+    stepper.load_state_dict(stepper.state_dict())
+    train(stepper, make_regression_batches(1))
+    assert stepper.plan.name == "auto"
+
+
+def test_state_that_was_saved_inside_a_window_is_refused() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "32-true", accumulate=2)
+    train(stepper, make_regression_batches(1))
+    state = stepper.state_dict()
+    assert state["micro"] == 1
+    with pytest.raises(PlanError, match="middle of an accumulation window"):
+        stepper.load_state_dict(state)
+
+
+@pytest.mark.parametrize("mode", [SPLIT, FP32_MASTER, FP16_MASTER])
+def test_optimizer_states_of_a_narrow_model_stay_fp32_when_they_are_loaded(mode: str) -> None:
+    model = make_mlp()
+    optimizer = make_adamw(model)
+    stepper = prepare(model, optimizer, mode)
+    train(stepper, make_regression_batches(3))
+    truth, saved = copy_weights(model), optimizer.state_dict()
+    saved["state"] = {k: {n: v.clone() for n, v in state.items()} for k, state in saved["state"].items()}
+    train(stepper, make_regression_batches(2))
+    weights = copy_weights(model)
+    optimizer.load_state_dict(saved)
+    for number, state in optimizer.state_dict()["state"].items():
+        assert state["exp_avg"].dtype is torch.float32
+        assert_same(state, saved["state"][number])
+    assert_same(copy_weights(model), weights)
+    assert model[0].weight.dtype is not torch.float32
+    assert not torch.equal(truth["0.weight"], weights["0.weight"])
+    assert train(stepper, make_regression_batches(1))[0].applied
+
+
+@pytest.mark.parametrize("mode", [SPLIT, FP32_MASTER])
+def test_optimizer_state_that_does_not_fit_leaves_the_model_narrow(mode: str) -> None:
+    model = make_mlp()
+    optimizer = make_adamw(model)
+    prepare(model, optimizer, mode)
+    before = copy_weights(model)
+    with pytest.raises(ValueError, match="parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert_same(copy_weights(model), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_restore_gives_the_model_back_in_fp32(mode: str) -> None:
+    model = make_mlp()
+    parameters = list(model.parameters())
+    stepper = prepare(model, make_adamw(model, eps=1e-4), mode)
+    train(stepper, make_regression_batches(2))
+    truth = copy_weights(model)
+    assert stepper.restore() is model
+    assert all(now is before for now, before in zip(model.parameters(), parameters, strict=True))
+    assert [type(module) for module in model.modules()] == [type(module) for module in make_mlp().modules()]
+    assert_same({name: p.detach() for name, p in model.named_parameters()}, truth)
+
+
+def test_restore_of_a_waiting_auto_takes_its_hook_away() -> None:
+    model = make_mlp()
+    prepare(model, make_adamw(model), "auto", profile=make_profile()).restore()
+    assert not has_hooks(model)
+
+
+# --- changing the plan
+
+
+def test_plan_cannot_be_changed_inside_a_window() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "32-true", accumulate=2)
+    train(stepper, make_regression_batches(1))
+    with pytest.raises(PlanError, match="1 of 2 micro-batches are in"):
+        stepper.adopt(Plan.preset("bf16-mixed"))
+    assert stepper.plan.name == "32-true"
+    assert train(stepper, make_regression_batches(1))[0].applied
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(TRUTHFUL, 2)))
+def test_changing_the_plan_keeps_the_fp32_truth_and_the_optimizer_state_bit_for_bit(before: str, after: str) -> None:
+    model = make_mlp()
+    optimizer = make_adamw(model)
+    stepper = prepare(model, optimizer, before, accumulate=2)
+    train(stepper, make_regression_batches(4))
+    truth = copy_weights(model)
+    states = {p: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
+    stepper.adopt(Plan.parse(after), "for a reason")
+    assert_same(copy_weights(model), truth)
+    for parameter, state in states.items():
+        assert_same(optimizer.state[parameter], state)
+    assert stepper.plan_record is not None
+    assert (stepper.plan_record.step, stepper.plan_record.why) == (stepper.applied, "for a reason")
+    assert train(stepper, make_regression_batches(2))[-1].applied
+    assert stepper.scale == (65536.0 if after == "16-mixed" else 1.0)
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+@pytest.mark.parametrize(
+    ("before", "after"), [("bf16-true", "32-true"), ("32-true", "bf16-true"), (SPLIT, NO_MASTER), (NO_MASTER, SPLIT)]
+)
+def test_training_goes_on_when_the_plan_changes_to_or_from_one_without_a_truth(
+    before: str, after: str, kind: Callable[..., Optimizer]
+) -> None:
+    model = make_mlp()
+    options = {"momentum": 0.9} if kind is SGD else {}
+    stepper = prepare(model, kind(model.parameters(), lr=0.01, **options), before)
+    train(stepper, make_regression_batches(2))
+    stepper.adopt(Plan.parse(after))
+    assert [outcome.status for outcome in train(stepper, make_regression_batches(2))] == ["applied"] * 2
+
+
+@pytest.mark.parametrize("bad", ["compute=fp8_e4m3", "path=nowhere compute=fp32", "16-true"])
+@pytest.mark.parametrize("before", ["32-true", SPLIT])
+def test_plan_that_is_refused_leaves_the_one_before_in_force(before: str, bad: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), before)
+    train(stepper, make_regression_batches(2))
+    truth, record = copy_weights(model), stepper.plan_record
+    with pytest.raises((PlanError, UnsupportedError)):
+        stepper.adopt(Plan.parse(bad))
+    assert str(stepper.plan) == str(Plan.parse(before))
+    assert stepper.plan_record is record
+    assert_same(copy_weights(model), truth)
+    assert model[0].weight.dtype is (torch.bfloat16 if before == SPLIT else torch.float32)
+    assert train(stepper, make_regression_batches(1))[0].applied
+
+
+def test_weights_trained_under_several_plans_are_those_of_the_plans_in_turn() -> None:
+    def train_apart(plans: Sequence[str]) -> dict[str, Tensor]:
+        model = make_mlp()
+        optimizer = make_adamw(model)
+        for plan, batch in zip(plans, make_regression_batches(len(plans)), strict=True):
+            stepper = prepare(model, optimizer, plan)
+            train(stepper, [batch])
+            stepper.restore()
+        return copy_weights(model)
+
+    plans = ["32-true", SPLIT, "bf16-mixed", FP32_MASTER, SPLIT]
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), plans[0])
+    for plan, batch in zip(plans, make_regression_batches(len(plans)), strict=True):
+        stepper.adopt(Plan.parse(plan))
+        train(stepper, [batch])
+    assert_same(copy_weights(model), train_apart(plans))
