@@ -32,9 +32,7 @@ keys = st.text(max_size=8) | st.integers() | st.sampled_from(["$tensor", "$pairs
 states = st.recursive(
     plain | tensors,
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(keys, inner, max_size=3)
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(keys, inner, max_size=3)
     ),
     max_leaves=10,
 )
@@ -200,7 +198,9 @@ def test_read_only_folder_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert load_checkpoint(path) == {"number": 1}
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["error", "killed"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["error", "killed"]
+)
 def test_write_that_is_broken_off_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:

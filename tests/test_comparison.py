@@ -348,7 +348,7 @@ class TestBuildArm:
 
     def test_bf16_mixed_trains_as_torch_autocast_does(self) -> None:
         task = ConvTask(self.SETTINGS)
-        losses = {}
+        losses: dict[str, list[float]] = {}
         for name in ("torch-amp-tuned", "halfstep:bf16-mixed"):
             arm = build_arm(name, task, self.SETTINGS, "auto")
             losses[name] = []

@@ -217,9 +217,7 @@ def test_profile_comes_back_from_disk_as_it_was(profile: HardwareProfile, tmp_pa
     assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
 
 
-def test_name_of_the_file_depends_on_machine_torch_and_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_name_of_the_file_depends_on_machine_torch_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def locate() -> Path:
         return locate_profile("cpu", tmp_path)
 

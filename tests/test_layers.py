@@ -1,12 +1,12 @@
 import pytest
 import torch
-from helpers import make_cnn, make_mlp
 from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
 from halfstep.conversion import convert
 from halfstep.mechanisms.layers import Gate, Unit, cast_floats, find_kind, make_unit, undo_unit
 from halfstep.plan import KINDS, Plan
+from helpers import make_cnn, make_mlp
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SPLIT, has_hooks, make_cnn, make_mlp
 from torch import Tensor, nn
 
 from halfstep.control.monitor import BACKWARD, Audit, follow_modules, name_dtype, observe_shapes
 from halfstep.conversion import convert
 from halfstep.plan import Plan
+from helpers import SPLIT, has_hooks, make_cnn, make_mlp
 
 
 class Attention(nn.Module):
@@ -128,10 +128,11 @@ def test_audit_as_text_names_layer_format_and_cast() -> None:
 
 
 def test_followed_modules_are_outermost_first_and_gone_afterwards() -> None:
-    model = nn.Sequential(nn.Sequential(nn.ReLU()))
+    inner = nn.ReLU()
+    model = nn.Sequential(nn.Sequential(inner))
     stack: list[str] = []
     seen: list[list[str]] = []
-    model[0][0].register_forward_hook(lambda *_: seen.append(list(stack)))
+    inner.register_forward_hook(lambda *_: seen.append(list(stack)))
     with follow_modules(model, stack):
         model(torch.ones(1))
     assert seen == [["", "0", "0.0"]]

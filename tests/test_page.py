@@ -47,7 +47,7 @@ def make_comparison() -> ComparisonRecord:
         recipe_name="text-generation", recipe='task = "text-generation"\n' + "# a long line " * 30, metric="bits per byte",
         unit="bit", higher_is_better=False, margin=0.03, target=2.53, seeds=3, steps=100,
         machine="Some Processor with a Long Name 9999 @ 3.00GHz", torch_version="2.9", threads=2, date="2026-01-01",
-        seconds=300, command="halfstep compare text-generation --data /home/someone/experiments/corpora/gutenberg/plain", arms=arms,
+        seconds=300, arms=arms, command="halfstep compare text-generation --data /home/someone/experiments/corpora/gutenberg",
         control="not trained, +3.53 bit", gate_works=True, speedup=arms[3].speedup, memory_ratio=arms[3].memory_ratio,
     )  # fmt: skip
 

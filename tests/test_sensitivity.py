@@ -3,7 +3,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_same, copy_weights, make_cnn, make_mlp, make_profile, seeded
 from torch import Tensor, nn
 
 from halfstep.control import sensitivity
@@ -13,6 +12,7 @@ from halfstep.conversion import convert
 from halfstep.machine.hardware import Stopwatch
 from halfstep.plan import Plan
 from halfstep.records import Measurement
+from helpers import assert_same, copy_weights, make_cnn, make_mlp, make_profile, seeded
 
 
 class TiedModel(nn.Module):

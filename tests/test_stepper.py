@@ -8,6 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+
+from halfstep import stepper as stepper_module
+from halfstep.control.sensitivity import Choice
+from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
+from halfstep.mechanisms.loss_scale import LossScaleRule
+from halfstep.plan import Plan
+from halfstep.records import StepOutcome
+from halfstep.stepper import Stepper, prepare, read_plan
 from helpers import (
     FP32_MASTER,
     NO_MASTER,
@@ -24,17 +35,6 @@ from helpers import (
     make_regression_batches,
     seeded,
 )
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
-
-from halfstep import stepper as stepper_module
-from halfstep.control.sensitivity import Choice
-from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
-from halfstep.mechanisms.loss_scale import LossScaleRule
-from halfstep.plan import Plan
-from halfstep.records import StepOutcome
-from halfstep.stepper import Stepper, prepare, read_plan
 
 FP16_MASTER = "compute=fp16 storage=fp16 master=fp32"
 MODES = (*PRESET_NAMES, SPLIT, FP32_MASTER, NO_MASTER, FP16_MASTER)
@@ -75,7 +75,7 @@ def train_by_hand(
         optimizer.zero_grad()
 
 
-def poison(parameter: Tensor, value: float) -> Any:
+def poison(parameter: Any, value: float) -> Any:
     """Put `value` into the gradient of a parameter; the handle that is returned takes it out again."""
     return parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
 
@@ -213,7 +213,9 @@ def test_16_mixed_skips_and_scales_as_torch_amp_does() -> None:
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
-def test_split_and_fp32_master_give_the_same_truth_bit_for_bit_while_no_weight_is_a_tie(kind: type[Optimizer]) -> None:
+def test_split_and_fp32_master_give_the_same_truth_bit_for_bit_while_no_weight_is_a_tie(
+    kind: Callable[..., Optimizer],
+) -> None:
     """Both update the same fp32 word; the live weights differ only where the word lies halfway between two bf16."""
     models, batches = (make_mlp(), make_mlp()), make_regression_batches(30)
     steppers = [
@@ -238,12 +240,12 @@ def test_split_and_fp32_master_stay_close_after_a_tie() -> None:
     models = make_mlp(), make_mlp()
     for model in models:
         with torch.no_grad():
-            model[0].weight.view(torch.int32).bitwise_and_(-65536).bitwise_or_(0x8000)
+            model.get_parameter("0.weight").view(torch.int32).bitwise_and_(-65536).bitwise_or_(0x8000)
     steppers = [
         prepare(model, SGD(model.parameters(), lr=0.01), plan)
         for model, plan in zip(models, (SPLIT, FP32_MASTER), strict=True)
     ]
-    assert not torch.equal(models[0][0].weight, models[1][0].weight)
+    assert not torch.equal(*(model.get_parameter("0.weight") for model in models))
     assert_same(copy_weights(models[0]), copy_weights(models[1]))
     for stepper in steppers:
         train(stepper, make_regression_batches(20))
@@ -253,7 +255,9 @@ def test_split_and_fp32_master_stay_close_after_a_tie() -> None:
 
 @pytest.mark.parametrize("sparse", [SGD, torch.optim.SparseAdam])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_sparse_gradients_in_32_true_equal_a_loop_written_by_hand(sparse: type[Optimizer], accumulate: int) -> None:
+def test_sparse_gradients_in_32_true_equal_a_loop_written_by_hand(
+    sparse: Callable[..., Optimizer], accumulate: int
+) -> None:
     def build() -> nn.Embedding:
         with seeded(0):
             return nn.Embedding(20, 4, sparse=True)
@@ -418,7 +422,7 @@ def test_nan_in_one_micro_batch_skips_the_window_and_the_next_one_is_applied(mod
 def test_step_without_any_gradient_is_skipped_and_leaves_the_scale() -> None:
     model = make_mlp()
     stepper = prepare(model, SGD(model[0].parameters(), lr=0.1), "16-mixed")
-    outcome = stepper.step(model[4].weight.square().mean())
+    outcome = stepper.step(model.get_parameter("4.weight").square().mean())
     assert outcome.skipped
     assert "gradient" in outcome.cause
     assert outcome.scale_before == outcome.scale_after
@@ -548,9 +552,7 @@ def test_optimizer_of_another_model_is_refused() -> None:
     ],
     ids=["detached", "constant", "vector"],
 )
-def test_loss_that_is_not_one_number_with_a_graph_is_refused(
-    build: Callable[[nn.Module], Tensor], words: str
-) -> None:
+def test_loss_that_is_not_one_number_with_a_graph_is_refused(build: Callable[[nn.Module], Tensor], words: str) -> None:
     model = make_mlp()
     stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
     with pytest.raises(ModelError, match=words):
@@ -727,7 +729,11 @@ def test_state_round_trip_with_every_field_away_from_its_default() -> None:
     stepper = prepare(model, make_adamw(model), "16-mixed")
     fresh = stepper.state_dict()
     state = {
-        "plan": str(Plan.parse(f"name=mine loss_scale=dynamic\npath='re:[0-3]' compute=fp32 storage=fp32 master=none why='by hand'\n{SPLIT}")),
+        "plan": str(
+            Plan.parse(
+                f"name=mine loss_scale=dynamic\npath='re:[0-3]' compute=fp32 storage=fp32 master=none why='by hand'\n{SPLIT}"
+            )
+        ),
         "loss_scale": {"scale": 8.0, "clean": 7, "overflows": 2},
         "applied": 5,
         "skipped": 3,

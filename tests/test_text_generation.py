@@ -52,9 +52,10 @@ class TestCorpus:
         assert not train & held_out
         assert 1 <= len(held_out) <= 20
 
-    def test_reading_twice_gives_the_same_bytes(self, folder: Path) -> None:
-        for first, second in zip(read_corpus(str(folder)), read_corpus(str(folder)), strict=True):
-            assert torch.equal(first, second)
+    def test_the_split_is_the_same_in_every_process_and_version(self, tmp_path: Path) -> None:
+        write_files(tmp_path, 60)
+        _, held_out = read_corpus(str(tmp_path))
+        assert sorted(words_of(held_out)) == ["word003", "word005", "word021", "word042", "word059"]
 
     def test_adding_files_moves_no_other_file_across_the_split(self, tmp_path: Path) -> None:
         write_files(tmp_path, 40)

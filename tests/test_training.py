@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SPLIT, assert_same, copy_weights, make_mlp, make_profile, seeded
 from torch import Tensor, nn
 
 from halfstep import records
@@ -28,13 +27,22 @@ from halfstep.training import (
     evaluation_steps,
     train_steps,
 )
+from helpers import SPLIT, assert_same, copy_weights, make_mlp, make_profile, seeded
 
 HEAD = RunRecord(
     task="tiny", arm="halfstep", precision="any", seed=0, steps=12, recipe="", machine="by hand",
     torch_version=torch.__version__, threads=1, date="2026-01-01",
 )  # fmt: skip
 SETTINGS = TrainSettings(
-    steps=12, batch_size=8, lr=1e-2, weight_decay=0.1, schedule="cosine", warmup=2, accumulate=2, evaluations=3, clip=0.5
+    steps=12,
+    batch_size=8,
+    lr=1e-2,
+    weight_decay=0.1,
+    schedule="cosine",
+    warmup=2,
+    accumulate=2,
+    evaluations=3,
+    clip=0.5,
 )
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", SPLIT, "auto")
 
@@ -225,7 +233,8 @@ def test_evaluation_runs_in_eval_mode_without_gradients_in_the_precision_of_trai
     task = TinyTask()
     run = open_run(tmp_path, "bf16-mixed", task=task)
     dtypes: list[torch.dtype] = []
-    run.stepper.model[4].register_forward_hook(lambda _module, _args, result: dtypes.append(result.dtype))  # type: ignore[index,operator,union-attr]
+    head = run.stepper.model.get_submodule("4")
+    head.register_forward_hook(lambda _module, _args, result: dtypes.append(result.dtype))
     evaluate(task, run.stepper)
     assert task.modes == [(False, False)]
     assert dtypes == [torch.bfloat16]

@@ -6,6 +6,7 @@ their names, `unpack` puts them back. The file is written beside its place, forc
 so that at every moment one complete checkpoint is there.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -78,7 +79,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         kept = f"; the checkpoint before is kept in {path}" if path.exists() else ""
         raise CheckpointError(
             f"checkpoint {path} cannot be written: {error}{kept}; free some space or give another --out"
@@ -93,11 +95,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["halfstep"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        schema, packed = header["schema"], header["state"]
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({error}); it was cut off or is not halfstep's: use an older copy"
         ) from None
-    if header["schema"] != SCHEMA:
-        raise CheckpointError(f"checkpoint {path} has schema {header['schema']}; this version reads schema {SCHEMA}")
-    state: dict[str, Any] = unpack(header["state"], tensors)
+    if schema != SCHEMA:
+        raise CheckpointError(f"checkpoint {path} has schema {schema}; this version reads schema {SCHEMA}")
+    try:
+        state: dict[str, Any] = dict(unpack(packed, tensors))
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({error!r}); use an older copy") from None
     return state

@@ -29,7 +29,12 @@ UNITS = ("linear", "conv", "attention", "recurrent", "norm")  # what `cast = "un
 
 
 class Conversion:
-    """What a plan did to a model. Made by `convert`; undone by `undo()` or at the end of a `with` block."""
+    """What a plan did to a model. Made by `convert`; undone by `undo()` or at the end of a `with` block.
+
+    >>> with convert(nn.Linear(2, 2), Plan.preset("bf16-true")) as conversion:
+    ...     print(conversion.describe()[0].storage, conversion.model.weight.dtype)
+    bf16 torch.bfloat16
+    """
 
     def __init__(self, model: nn.Module, plan: Plan, resolution: Resolution, device_type: str) -> None:
         self.model, self.plan, self.device_type = model, plan, device_type

@@ -68,6 +68,10 @@ class MissingExtraError(HalfstepError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install 'halfstep[{extra}]'")
+        self._arguments = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), self._arguments
 
 
 def describe_unknown(what: str, given: object, allowed: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -167,16 +167,10 @@ class Plan:
             return Plan.preset(text.strip())
         head: dict[str, str] = {}
         rules: list[Rule] = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                words = shlex.split(line, comments=True)
-            except ValueError as error:
-                raise PlanError(f"line {number} of the plan cannot be read: {error}") from None
-            if not words:
-                continue
+        for words in _split_lines(text):
             pairs = dict(word.split("=", 1) for word in words if "=" in word)
             if len(pairs) != len(words):
-                raise PlanError(f"line {number} of the plan is '{line.strip()}'; write key=value words, each key once")
+                raise PlanError(f"a line of the plan is '{' '.join(words)}'; write key=value words, each key once")
             if {"name", "loss_scale"} & set(pairs):
                 head |= pairs
             else:
@@ -197,6 +191,8 @@ class Plan:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`. Raises PlanError for another schema or an unknown key."""
+        if not isinstance(values, Mapping):
+            raise PlanError(f"a plan is a table with schema, name, loss_scale and rule; got {values!r:.60}")
         values = dict(values)
         schema = values.pop("schema", SCHEMA)
         if schema != SCHEMA:
@@ -207,7 +203,7 @@ class Plan:
     def load(path: Path) -> "Plan":
         """A plan from a `.toml` or `.json` file, or from any other file in text form."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"plan file {path} cannot be read: {error}") from None
         try:
@@ -230,7 +226,7 @@ class Plan:
             text = json.dumps(self.to_dict(), indent=2) + "\n"
         else:
             text = f"{self}\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode())
 
     def resolve(self, modules: Mapping[str, str]) -> Resolution:
         """Lay the rules over modules given as path -> kind ("" for none of KINDS; the model itself has path "").
@@ -254,7 +250,25 @@ class Plan:
         return replace(Settings(), **settings)
 
 
+def _split_lines(text: str) -> Iterator[list[str]]:
+    """The words of each line; a line goes on while a quotation is open. Raises PlanError for one that never ends."""
+    pending, began = "", 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        pending, began = (f"{pending}\n{line}", began) if pending else (line, number)
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:
+            continue
+        pending = ""
+        if words:
+            yield words
+    if pending:
+        raise PlanError(f"line {began} of the plan opens a quotation that never ends: {pending.splitlines()[0]!r:.60}")
+
+
 def _rule_from(values: Mapping[str, Any]) -> Rule:
+    if not isinstance(values, Mapping):
+        raise PlanError(f"a rule is a table of keys and settings; got {values!r:.60}; write [[rule]]")
     allowed = [f.name for f in fields(Rule)]
     for key, value in values.items():
         if key not in allowed:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -51,7 +51,10 @@ class Capability(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile(Record):
-    """One machine, as it was measured."""
+    """One machine, as it was measured.
+
+    >>> HardwareProfile(device="cpu", machine="M", unit="AVX2", torch_version="2.13", threads=2, date="").find_capability("bf16")
+    """
 
     device: str  # cpu | cuda
     machine: str  # the processor's own name
@@ -258,7 +261,7 @@ def decode(line: str) -> Record:
     if not isinstance(fields, dict) or fields.pop("schema", None) != SCHEMA:
         raise RecordError(f"not a record of schema {SCHEMA}: {line[:60]!r}")
     name = fields.pop("record", None)
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise RecordError(describe_unknown("record", name, KINDS))
     kind = KINDS[name]
     try:
@@ -273,8 +276,17 @@ def _first_problem(error: ValidationError, kind: type) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
+        for part in problem["loc"][:-1]:
+            kind = _find_record(kind, str(part))
         return describe_unknown("field", where, [f.name for f in dataclasses.fields(kind)])
     return f"field '{where}': {problem['msg']} (got {problem['input']!r:.60})"
+
+
+def _find_record(kind: type, field_name: str) -> type:
+    """The record type within a field's annotation; the kind itself for an index into a list."""
+    annotation = get_type_hints(kind).get(field_name)
+    inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and dataclasses.is_dataclass(a)]
+    return inner[0] if inner else kind
 
 
 def append(file: IO[str], records: Iterable[Record]) -> None:
@@ -293,12 +305,18 @@ def append(file: IO[str], records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """All records of a file. A last line that was cut off by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    """All records of a file. A last line that was cut off by a crash is left out.
+
+    Raises RecordError, with the line's number, for what cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise RecordError(f"record {path} cannot be read ({error.strerror}); give the folder of a run") from None
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
-            yield decode(line)
+            yield decode(line.decode(errors="replace"))
         except RecordError as error:
             raise RecordError(f"{path}, line {number}: {error}") from None

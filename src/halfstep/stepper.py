@@ -26,6 +26,7 @@ from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.errors import ModelError, PlanError, UnsupportedError
 from halfstep.machine.hardware import get_profile
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
+from halfstep.mechanisms.master_weights import match_states
 from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
@@ -34,7 +35,13 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Stepper:
-    """Trains a model under a plan, one step a call. Made by `prepare`."""
+    """Trains a model under a plan, one step a call. Made by `prepare`.
+
+    >>> model = nn.Linear(2, 1)
+    >>> stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
+    >>> [stepper.step(model(torch.ones(1, 2)).sum()).status for _ in range(2)]
+    ['accumulated', 'applied']
+    """
 
     def __init__(
         self,
@@ -215,16 +222,9 @@ class Stepper:
 
     def _match_states(self) -> None:
         """Optimizer states follow the precision that the optimizer sees: fp32 where a truth is kept."""
-        for parameter, state in self.optimizer.state.items():
+        for parameter in self._find_held():
             seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
-            for key, value in state.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.is_floating_point()
-                    and value.shape == parameter.shape
-                    and value.ndim
-                ):
-                    state[key] = value.to(seen)
+            match_states(self.optimizer, parameter, seen)
 
     def _require_eps(self, drafted: Conversion) -> None:
         """fp16(1e-8) is 0: an optimizer that keeps fp16 states with it divides 0 by 0."""

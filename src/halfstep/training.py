@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,25 +28,30 @@ from halfstep.machine.runtime import read_peak_memory
 from halfstep.records import EndRecord, EvaluationRecord, PlanRecord, Record, StepOutcome, StepRecord
 from halfstep.stepper import Stepper
 
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a task is trained; every task has its own defaults in its recipe."""
 
-    steps: int = 100
-    batch_size: int = 16
+    steps: Count = 100
+    batch_size: Count = 16
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: float = 1e-3
-    momentum: float = 0.9  # sgd
-    weight_decay: float = 0.0
+    lr: Positive = 1e-3
+    momentum: Share = 0.9  # sgd
+    weight_decay: NotNegative = 0.0
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
-    warmup: int = 0  # steps of linear warm-up
-    step_every: int = 1000  # schedule "step": multiply by gamma every so many steps
-    gamma: float = 0.7
-    clip: float = 0.0  # largest gradient norm; 0 means no clipping
-    accumulate: int = 1  # micro-batches in one update
-    evaluations: int = 5  # evenly spread, the last one after the last step
-    seed: int = 0
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up
+    step_every: Count = 1000  # schedule "step": multiply by gamma every so many steps
+    gamma: Positive = 0.7
+    clip: NotNegative = 0.0  # largest gradient norm; 0 means no clipping
+    accumulate: Count = 1  # micro-batches in one update
+    evaluations: Count = 5  # evenly spread, the last one after the last step
+    seed: Annotated[int, Field(ge=0, lt=2**40)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +255,8 @@ class Run:
         Raises DataError when the loss is not finite from the first step on.
         """
         plan_written: PlanRecord | None = None
-        stepped = 0
+        evaluated, first = evaluation_steps(self.settings), self.done == 0
+        accumulated, saved = False, self.done
         with self.record.open("a", encoding="utf-8") as file:
 
             def write(record: Record) -> Record:
@@ -264,20 +271,23 @@ class Run:
                     plan_written = plan
                     yield write(plan)
                 yield write(record)
-                if isinstance(record, EvaluationRecord):
+                if isinstance(record, StepRecord):
+                    self.done, self.train_seconds = record.step, self.train_seconds + record.milliseconds / 1000
+                    accumulated = record.outcome.status == "accumulated"
+                    if first and not math.isfinite(record.loss):
+                        raise DataError(
+                            f"the loss of the very first batch is {record.loss}: look for NaN in the data or labels"
+                        )
+                    first = False
+                    if record.step in evaluated:
+                        continue  # what follows is its evaluation
+                if accumulated or self.done == self.settings.steps:
                     continue
-                stepped += 1
-                self.done, self.train_seconds = record.step, self.train_seconds + record.milliseconds / 1000
-                if stepped == 1 and self.done == 1 and not math.isfinite(record.loss):
-                    raise DataError(
-                        f"the loss of the very first batch is {record.loss}: look for NaN in the data or labels"
-                    )
-                if record.outcome.status == "accumulated":
-                    continue
-                if self.stop and self.done < self.settings.steps:
+                if self.stop:
                     break
-                if save_every and self.done % save_every == 0:
+                if save_every and self.done // save_every > saved // save_every:
                     self.save()
+                    saved = self.done
             self.save()
             reason = "finished" if self.done == self.settings.steps else "interrupted"
             device = next(self.stepper.model.parameters()).device

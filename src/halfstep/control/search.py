@@ -51,7 +51,7 @@ def choose_formats(costs: Sequence[LayerCost], *, master: str = "split") -> Plan
     embeddings = Rule(
         kind="embedding", compute=most, storage=most, master=_master(most, master), why="feeds 16-bit layers"
     )
-    return Plan(rules=(*rules, embeddings, rest), loss_scale="dynamic" if most == "fp16" else "none", name="auto")
+    return Plan(rules=(*rules, embeddings, rest), loss_scale="dynamic" if "fp16" in chosen else "none", name="auto")
 
 
 def _master(format: str, master: str) -> str:
@@ -63,7 +63,7 @@ def _rule(cost: LayerCost, format: str, gain: float, master: str) -> Rule:
     others = [f for f in cost.products if f != "fp32"]
     if format == "fp32":
         timed = ", ".join(f"{f} {cost.total(f):.3g} ms" for f in others) or "no 16-bit format is fast here"
-        return Rule(path=cost.path, compute="fp32", storage="fp32",
+        return Rule(path=cost.path, compute="fp32", storage="fp32", master="none",
                     why=f"{shape}: fp32 {cost.total('fp32'):.3g} ms, {timed} with casts: no gain")  # fmt: skip
     why = f"{shape}: {format} {cost.total(format):.3g} ms with casts, fp32 {cost.total('fp32'):.3g} ms: {gain:.1f}x"
     return Rule(path=cost.path, compute=format, storage=format, master=_master(format, master), why=why)

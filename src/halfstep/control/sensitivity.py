@@ -144,13 +144,13 @@ def _follow_ties(model: nn.Module, plan: Plan) -> Plan:
         for parameter in module.parameters(recurse=False):
             sharing.setdefault(parameter, []).append(path)
     rules = {rule.path: rule for rule in plan.rules if rule.names_a_path}
-    for paths in sharing.values():
+    for paths in [*sharing.values()] * len(sharing):  # as often, because sharing can form chains
         ruled = [rules[path] for path in paths if path in rules]
         if len(paths) > 1 and ruled:
             widest = next((rule for rule in ruled if rule.compute == "fp32"), ruled[0])
             for path in paths:
                 others = ", ".join(other for other in paths if other != path)
-                if path != widest.path:
+                if path not in rules or rules[path].compute != widest.compute:
                     rules[path] = replace(widest, path=path, why=f"shares a weight with {others}")
     return replace(plan, rules=(*rules.values(), *(rule for rule in plan.rules if not rule.names_a_path)))
 

@@ -385,8 +385,11 @@ def save_profile(profile: HardwareProfile, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(records.encode(profile) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(records.encode(profile) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RecordError(
             f"profile {path} cannot be written ({error.strerror}); give another place with --out"
@@ -397,7 +400,7 @@ def load_profile(path: Path) -> HardwareProfile | None:
     """The profile at `path`; None when there is none or it is of another version."""
     try:
         profile = records.decode(path.read_text(encoding="utf-8"))
-    except (OSError, RecordError):
+    except (OSError, UnicodeDecodeError, RecordError):
         return None
     return profile if isinstance(profile, HardwareProfile) else None
 

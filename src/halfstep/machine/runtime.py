@@ -12,11 +12,13 @@ effect (musl, macOS, another allocator preloaded) it is left out, and the return
 import ctypes
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from halfstep.errors import ModelError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GLIBC_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10}
@@ -41,26 +43,29 @@ def tune_process(
     ...     settings["threads"]
     '1: as asked'
     """
+    if threads is not None and threads < 1:
+        raise ModelError(f"threads must be at least 1; got {threads}")
     settings: dict[str, str] = {}
-    threads_before = torch.get_num_threads()
-    tuned = allocator and _mallopt(_KEEP_BLOCKS)
-    if allocator:
-        settings["allocator"] = "glibc keeps freed blocks" if tuned else "untouched: the C library is not glibc"
-    if threads is not None:
-        torch.set_num_threads(threads)
-        settings["threads"] = f"{threads}: as asked"
-    if flush_denormals:
-        done = torch.set_flush_denormal(True)
-        settings["flush_denormals"] = "on: subnormals cost cycles" if done else "untouched: the processor cannot"
-    try:
-        yield settings
-    finally:
-        if tuned:
-            _mallopt(_GLIBC_DEFAULTS)
+    with ExitStack() as restore:
+        if allocator and _mallopt(_KEEP_BLOCKS):
+            restore.callback(_mallopt, _GLIBC_DEFAULTS)
+            settings["allocator"] = "glibc keeps freed blocks"
+        elif allocator:
+            settings["allocator"] = "untouched: the C library is not glibc"
         if threads is not None:
-            torch.set_num_threads(threads_before)
+            restore.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+            settings["threads"] = f"{threads}: as asked"
         if flush_denormals:
-            torch.set_flush_denormal(False)
+            restore.callback(torch.set_flush_denormal, _flushes_denormals())
+            done = torch.set_flush_denormal(True)
+            settings["flush_denormals"] = "on: subnormals cost cycles" if done else "untouched: the processor cannot"
+        yield settings
+
+
+def _flushes_denormals() -> bool:
+    """torch has no way to ask but to try."""
+    return float(torch.tensor([1e-40]) * 1.0) == 0.0
 
 
 def use_channels_last(model: nn.Module) -> None:

@@ -70,23 +70,25 @@ def _as_int16(unsigned: Tensor) -> Tensor:
 
 
 def split(weight: Tensor, live: Tensor, remainder: Tensor) -> None:
-    """`split_slowly` into given tensors, by vectorised passes; `weight` is used up.
-
-    Setting the lowest bit moves every tie, and nothing else, past the halfway point, so that torch's rounding to nearest
-    even rounds as the definition asks. NaN is the one exception: torch makes it canonical, the definition need not.
-    """
-    bits = weight.view(torch.int32)
-    remainder.copy_(bits)  # keeps the low 16 bits: conversion to a narrower integer wraps
-    remainder.bitwise_xor_(-HALF_ULP)  # ... and adding 0x8000 to 16 bits modulo 2^16 is flipping the top one
-    bits.bitwise_or_(1)
-    live.copy_(weight)
+    """`split_slowly` into given tensors, by vectorised passes; `weight` is used up."""
+    word = weight.view(torch.int32).add_(HALF_ULP)
+    remainder.copy_(word)  # conversion to a narrower integer keeps the low 16 bits
+    live.view(torch.int16).copy_(word.bitwise_right_shift_(16))
 
 
 def join(live: Tensor, remainder: Tensor) -> Tensor:
-    """`join_slowly` by vectorised passes: bits32 = (live << 16) + signed low bits."""
-    weight = live.to(torch.float32)
+    """`join_slowly` by vectorised passes: bits32 = (live << 16) + (remainder - 0x8000), the latter as signed 16 bits."""
+    weight = live.to(torch.float32)  # the same as a shift by 16, and faster
     weight.view(torch.int32).add_(remainder.bitwise_xor(-HALF_ULP))
     return weight
+
+
+def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Bring the floating-point states that have a parameter's shape to `dtype`: what the optimizer sees it in."""
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape and value.ndim:
+            state[key] = value.to(dtype)
 
 
 @dataclass
@@ -184,6 +186,7 @@ class MasterWeights:
                 truth = self._truths.get(parameter)
                 if truth:
                     parameter.data = truth.read()
+                    match_states(optimizer, parameter, torch.float32)
                     gradient = gradient.to(torch.float32)
                 if factor != 1.0:
                     gradient.mul_(factor)

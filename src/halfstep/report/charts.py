@@ -33,7 +33,8 @@ def choose_ticks(low: float, high: float, count: int = 5) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    digits = 2 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def draw_lines(lines: Sequence[Line], x_label: str, y_label: str) -> str:
@@ -59,6 +60,8 @@ def draw_lines(lines: Sequence[Line], x_label: str, y_label: str) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
     for line in lines:
         places = [place(*p) for p in line.points if all(map(math.isfinite, p))]
+        if not places:
+            continue
         path = "M" + " L".join(f"{x} {y}" for x, y in places)
         parts.append(f'<path class="line c{line.colour}" d="{path}"><title>{escape(line.name)}</title></path>')
     middle, centre = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2

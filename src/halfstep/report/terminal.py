@@ -23,7 +23,12 @@ def _table(*columns: str, title: str = "") -> Table:
     )  # fmt: skip
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=column not in ("why",))
+        table.add_column(
+            column.lstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=column not in ("why", "module"),
+            overflow="fold",
+        )
     return table
 
 
@@ -74,11 +79,14 @@ def show_rates(measured: Iterable[Measurement], title: str) -> Table:
 
 
 def show_plan(plan: PlanRecord) -> RenderableType:
-    """What a plan came to, layer by layer; neighbours that got the same for the same reason share a row."""
-    table = _table("module", "kind", "compute", "weights", ">parameters", "why", title="Plan")
+    """What a plan came to, layer by layer, then the reasons; layers that got the same for the same reason share a row."""
+    table = _table("module", "kind", "compute", "weights", ">parameters", title="Plan")
+    reasons = []
     for row in group_layers(plan.layers):
-        table.add_row(row.path, row.kind, row.compute, describe_storage(row), f"{row.parameters:,}", row.why)
-    return Group(table, Text(plan.why)) if plan.why else table
+        table.add_row(row.path, row.kind, row.compute, describe_storage(row), f"{row.parameters:,}")
+        if row.why:
+            reasons.append(Text(f"{row.path}: {row.why}"))
+    return Group(table, *reasons, *([Text(f"the model: {plan.why}")] if plan.why else []))
 
 
 def describe_storage(layer: LayerRecord) -> str:
@@ -104,8 +112,8 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
     """One row an arm, what halfstep gained over each, what the gate said of its control, and a sentence to quote."""
     c = comparison
     direction = "higher" if c.higher_is_better else "lower"
-    title = f"{c.recipe_name}: {c.seeds} seeds, {c.steps} steps"
-    table = _table("arm", f">{c.metric}", "verdict", ">ms/step", ">MB", ">skips", ">to target", title=title)
+    title = f"{c.recipe_name}: {c.seeds} seeds, {c.steps} steps; ms a step, MB at peak, training time to target"
+    table = _table("arm", f">{c.metric}", "verdict", ">ms", ">MB", ">skips", ">target", title=title)
     against = _table("arm", f">{c.metric} minus fp32's", ">90 % interval", title="Difference to fp32")
     gains = _table("halfstep against", ">speed", ">memory", title="Gain")
     for arm in c.arms:
@@ -131,11 +139,11 @@ def describe_arm(arm: ArmResult) -> dict[str, str]:
         "metric": f"{arm.metric_mean:.3f} ± {arm.metric_sd:.3f}",
         "difference": f"{arm.difference:+.4f}",
         "interval": f"{low:+.4f} .. {high:+.4f}",
-        "ms": f"{arm.step_ms:.1f}",
+        "ms": f"{arm.step_ms:.4g}",
         "speed": f"{arm.speedup.get('fp32', 1.0):.2f}",
         "peak": f"{arm.peak_memory_bytes / 2**20:.0f}",
         "skips": str(arm.skipped_steps),
-        "target": f"{arm.seconds_to_target:.1f} s" if arm.seconds_to_target is not None else "never",
+        "target": f"{arm.seconds_to_target:.4g} s" if arm.seconds_to_target is not None else "never",
     }
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.errors import DataError, MissingExtraError
-from halfstep.training import Metric, TrainSettings
+from halfstep.training import Count, Metric, Positive, Share, TrainSettings
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 
@@ -34,11 +34,11 @@ class Options:
     dataset: Literal["digits", "fashion-mnist", "cifar10"] = "digits"
     data: str = ""  # a folder; "" means where the data set usually is
     model: Literal["cnn", "resnet9", "resnet18"] = "cnn"
-    width: int = 64  # channels of a ResNet's first stage
+    width: Count = 64  # channels of a ResNet's first stage
     augment: bool = False  # pad by 4 and crop, flip left-right
     flip_average: bool = False  # average the prediction over the image and its mirror image
-    label_smoothing: float = 0.0
-    margin: float = 0.5  # percentage points
+    label_smoothing: Share = 0.0
+    margin: Positive = 0.5  # percentage points
 
 
 @dataclass(frozen=True)

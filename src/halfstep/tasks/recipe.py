@@ -83,8 +83,11 @@ def parse_recipe(values: Mapping[str, Any], name: str, overrides: Sequence[str] 
         if key not in allowed:
             raise RecipeError(f"recipe '{name}': {describe_unknown('key', key, allowed)}")
     task = values.get("task")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise RecipeError(f"recipe '{name}': {describe_unknown('task', task, TASKS)}")
+    for key in ("train", "options"):
+        if not isinstance(values.get(key, {}), Mapping):
+            raise RecipeError(f"recipe '{name}': {key} is a table of settings; got {values[key]!r:.60}")
     tables = {"train": dict(values.get("train", {})), "options": dict(values.get("options", {}))}
     precision = str(values.get("precision", "auto"))
     kinds = {"train": TrainSettings, "options": TASKS[task][1]}
@@ -117,20 +120,6 @@ def _names(kind: type) -> list[str]:
     return [f.name for f in fields(kind)]
 
 
-_POSITIVE = (
-    "steps",
-    "batch_size",
-    "lr",
-    "accumulate",
-    "evaluations",
-    "layers",
-    "width",
-    "heads",
-    "context",
-    "held_out_sequences",
-)
-
-
 def _check(kind: type, table: Mapping[str, Any], name: str) -> Any:
     """A dataclass from a table; numbers may come as text from the command line."""
     for key in table:
@@ -142,8 +131,7 @@ def _check(kind: type, table: Mapping[str, Any], name: str) -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
-        raise RecipeError(f"recipe '{name}': {key}={problem['input']!r}: {problem['msg']}") from None
-    for key in _POSITIVE:
-        if getattr(value, key, 1) <= 0:
-            raise RecipeError(f"recipe '{name}': {key} must be above 0; got {getattr(value, key)}")
+        raise RecipeError(
+            f"recipe '{name}': {problem['msg'].replace('Input', key)}; got {problem['input']!r:.60}"
+        ) from None
     return value

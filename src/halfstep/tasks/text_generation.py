@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.errors import DataError, RecipeError
-from halfstep.training import Metric, TrainSettings
+from halfstep.training import Count, Metric, Positive, TrainSettings
 
 VOCABULARY = 256
 HELD_OUT = 10  # one file in ten
@@ -29,12 +29,12 @@ class Options:
     """What the recipe's [task] table holds."""
 
     data: str = ""  # a text file or a folder; "" is the standard library's source
-    layers: int = 4
-    width: int = 256
-    heads: int = 4
-    context: int = 128  # bytes
-    held_out_sequences: int = 128  # how much held-out text the metric is taken on
-    margin: float = 0.03  # bits per byte
+    layers: Count = 4
+    width: Count = 256
+    heads: Count = 4
+    context: Count = 128  # bytes
+    held_out_sequences: Count = 128  # how much held-out text the metric is taken on
+    margin: Positive = 0.03  # bits per byte
 
 
 class Block(nn.Module):
