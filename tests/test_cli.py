@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -197,6 +198,10 @@ class TestTrain:
         assert 3 <= end.step < STEPS
         assert f"stopped after step {end.step} of {STEPS}" in said
 
+        with record.open("a") as file:  # what a crash leaves beyond the checkpoint: a step, and half of another
+            late = next(r for r in trained.read("whole") if isinstance(r, StepRecord) and r.step == end.step + 1)
+            records.append(file, [replace(late, loss=99.0)])
+            file.write('{"schema":1,"record":"StepRe')
         assert f"going on after step {end.step}" in trained.succeed("train", "long.toml", "--resume", "cut")
         resumed, whole = trained.read("cut"), trained.read("whole")
         assert trained.losses("cut") == trained.losses("whole")

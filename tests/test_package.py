@@ -319,12 +319,14 @@ def test_module_says_what_it_is(path: Path) -> None:
 
 
 def switches(tree: ast.Module) -> Iterator[tuple[str, bool]]:
-    """Functions that set a process-wide switch, and whether they restore something in a `finally`."""
+    """Functions that set a process-wide switch, and whether they restore one in a `finally` or an ExitStack's callback."""
     for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
         statements = [ast.unparse(n) for n in ast.walk(function) if isinstance(n, ast.Expr | ast.Assign)]
         if any(PROCESS_SWITCHES.search(statement) for statement in statements):
             final = [s for n in ast.walk(function) if isinstance(n, ast.Try) for s in n.finalbody]
-            text = "\n".join(ast.unparse(s) for s in final)
+            calls = [n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+            callbacks = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "callback"]
+            text = "\n".join(ast.unparse(node) for node in [*final, *callbacks])
             yield function.name, PROCESS_SWITCHES.search(text) is not None
 
 

@@ -143,12 +143,12 @@ class TestWrongValues:
     @pytest.mark.parametrize("value", ["0", "-1"])
     @pytest.mark.parametrize("key", ["steps", "batch_size", "lr", "accumulate", "evaluations"])
     def test_a_train_setting_that_must_be_positive_is_named(self, key: str, value: str) -> None:
-        assert f"{key} should be greater than 0; got '{value}'" in read_refusal(TEXT, f"{key}={value}")
+        assert f"{key}='{value}': Input should be greater than 0" in read_refusal(TEXT, f"{key}={value}")
 
     @pytest.mark.parametrize("value", ["0", "-1"])
     @pytest.mark.parametrize("key", ["layers", "width", "heads", "context", "held_out_sequences"])
     def test_an_option_that_must_be_positive_is_named(self, key: str, value: str) -> None:
-        assert f"{key} should be greater than 0; got '{value}'" in read_refusal(TEXT, f"{key}={value}")
+        assert f"{key}='{value}': Input should be greater than 0" in read_refusal(TEXT, f"{key}={value}")
 
     @pytest.mark.parametrize(
         "override",

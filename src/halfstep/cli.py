@@ -95,7 +95,10 @@ def _write_json(record: "Record", target: Path | None) -> None:
 def _require_writable(*paths: Path | None) -> None:
     """Find out before the work, not after it. Raises RecordError."""
     for path in paths:
-        if path is not None and str(path) != "-" and (not os.access(path.absolute().parent, os.W_OK) or path.is_dir()):
+        if path is None or str(path) == "-":
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise RecordError(f"{path} cannot be written; give a file in a folder that exists and may be written")
 
 
@@ -184,7 +187,7 @@ def train(
     """Train a recipe. Ctrl-C saves and ends; --resume goes on exactly where it stopped."""
     import torch
 
-    from halfstep.machine.hardware import name_machine
+    from halfstep.machine.hardware import name_machine, require_device
     from halfstep.machine.runtime import tune_process, use_channels_last
     from halfstep.records import RunRecord
     from halfstep.report.progress import follow_run
@@ -193,6 +196,7 @@ def train(
 
     if out is not None and resume is not None:
         raise RecipeError("give --out for a new run or --resume for an old one, not both")
+    require_device(device)
     loaded = _load(recipe, overrides, precision=precision, steps=steps, seed=seed, data=data)
     folder = resume or out or Path("runs") / f"{loaded.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     task, settings = loaded.build_task(device), loaded.train

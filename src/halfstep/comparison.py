@@ -18,6 +18,7 @@ lies beyond it, inconclusive otherwise. An arm whose loss has not moved is "not 
 """
 
 import datetime
+import math
 import statistics
 import subprocess
 import sys
@@ -260,7 +261,7 @@ def _start(command: Sequence[str], arm: str, seed: int, stack: ExitStack) -> _Wo
         stderr=errors,
         text=True,
     )
-    stack.callback(process.wait)
+    stack.enter_context(process)
     stack.callback(process.kill)
     return _Worker(arm, seed, process, errors)
 
@@ -311,6 +312,8 @@ def judge_equivalence(differences: Sequence[float], margin: float, *, higher_is_
     'equivalent'
     """
     mean = statistics.fmean(differences)
+    if not math.isfinite(mean):
+        return Verdict("worse", math.nan, (math.nan, math.nan))
     if len(differences) < 2:
         return Verdict("not tested", mean, (mean, mean))
     error = statistics.stdev(differences) / len(differences) ** 0.5
@@ -369,6 +372,13 @@ def _mean_evaluations(workers: Sequence[_Worker]) -> tuple[Point, ...]:
     )
 
 
+def _spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 for one seed, NaN when a run diverged."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def _judge(mine: Sequence[_Worker], reference: Sequence[_Worker], metric: Metric) -> Verdict:
     """The gate: paired differences at the last evaluation that both have."""
     last = min(len(mine[0].evaluations), len(reference[0].evaluations)) - 1
@@ -395,7 +405,7 @@ def summarise(name: str, by_arm: dict[str, list[_Worker]], metric: Metric, targe
     reached = [p.seconds for p in evaluations if (p.value >= target if metric.higher_is_better else p.value <= target)]
     return ArmResult(
         name=name, verdict=verdict.word, metric_mean=statistics.fmean(values),
-        metric_sd=statistics.stdev(values) if len(values) > 1 else 0.0, metrics=values,
+        metric_sd=_spread(values), metrics=values,
         difference=verdict.difference, interval=verdict.interval,
         step_ms=statistics.median(turns.values()), step_ms_spread=(min(turns.values()), max(turns.values())),
         peak_memory_bytes=peak, skipped_steps=sum(w.end.skipped_steps for w in mine if w.end),

@@ -136,7 +136,7 @@ class Conversion:
         if unit is not Gate or output:
             make_unit(module, unit, self.device_type, settings.compute, output)
             self._undo.callback(undo_unit, module)
-        if isinstance(module, nn.TransformerEncoderLayer) and settings.cast == "unit":
+        if isinstance(module, nn.TransformerEncoderLayer) and any(s.compute != "fp32" for s in self.table.values()):
             # torch's inference shortcut reads the weights past their modules; a hook keeps it off
             self._undo.callback(module.register_forward_pre_hook(lambda *_: None).remove)
 

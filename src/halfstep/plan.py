@@ -167,10 +167,12 @@ class Plan:
             return Plan.preset(text.strip())
         head: dict[str, str] = {}
         rules: list[Rule] = []
-        for words in _split_lines(text):
+        for number, words in _split_lines(text):
             pairs = dict(word.split("=", 1) for word in words if "=" in word)
             if len(pairs) != len(words):
-                raise PlanError(f"a line of the plan is '{' '.join(words)}'; write key=value words, each key once")
+                raise PlanError(
+                    f"line {number} of the plan is '{' '.join(words)}'; write key=value words, each key once"
+                )
             if {"name", "loss_scale"} & set(pairs):
                 head |= pairs
             else:
@@ -250,8 +252,8 @@ class Plan:
         return replace(Settings(), **settings)
 
 
-def _split_lines(text: str) -> Iterator[list[str]]:
-    """The words of each line; a line goes on while a quotation is open. Raises PlanError for one that never ends."""
+def _split_lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Number and words of each line; a line goes on while a quotation is open. Raises PlanError for one that never ends."""
     pending, began = "", 0
     for number, line in enumerate(text.split("\n"), start=1):
         pending, began = (f"{pending}\n{line}", began) if pending else (line, number)
@@ -261,9 +263,9 @@ def _split_lines(text: str) -> Iterator[list[str]]:
             continue
         pending = ""
         if words:
-            yield words
+            yield began, words
     if pending:
-        raise PlanError(f"line {began} of the plan opens a quotation that never ends: {pending.splitlines()[0]!r:.60}")
+        raise PlanError(f"line {began} of the plan cannot be read: No closing quotation")
 
 
 def _rule_from(values: Mapping[str, Any]) -> Rule:

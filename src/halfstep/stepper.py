@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from halfstep.control.sensitivity import choose_plan
@@ -279,6 +279,7 @@ class Stepper:
                     for key, value in self._incoming["state"].get(index, {}).items():
                         if isinstance(value, Tensor) and key != "step":
                             optimizer.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+        self._incoming = {}
 
 
 def _values(gradient: Tensor) -> Tensor:
@@ -339,7 +340,13 @@ def prepare(
         )
     if accumulate < 1 or (clip is not None and clip <= 0):
         raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ModelError(
+            "LBFGS evaluates the loss itself, through a closure; halfstep steps optimizers that take gradients"
+        )
     chosen = [schedulers] if isinstance(schedulers, LRScheduler) else list(schedulers)
+    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in chosen):
+        raise ModelError("ReduceLROnPlateau needs a metric; leave it out and step it yourself after each evaluation")
     stepper = Stepper(model, optimizer, accumulate=accumulate, clip=clip, schedulers=tuple(chosen), profile=profile)
     if plan == "auto":
         stepper.wait_for_batch()

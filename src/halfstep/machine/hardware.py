@@ -155,6 +155,17 @@ def compare_with_fp32(
     return {s: totals["fp32", s] / ms for (f, s), ms in totals.items() if f == format and ("fp32", s) in totals}
 
 
+def require_device(device: str) -> None:
+    """Raises UnsupportedError for a device that halfstep does not know or that is not there."""
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UnsupportedError(f"device '{device}' is not known; give cpu, cuda, or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"device '{device}' is not there; torch sees {torch.cuda.device_count()} CUDA devices; use device='cpu'"
+        )
+
+
 def read_load() -> float:
     """Processes that wanted to run in the last minute, per core: from about 0.5 on, timings are not to be trusted."""
     return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
@@ -324,8 +335,7 @@ def probe_hardware(device: str = "cpu", *, quick: bool = False, threads: int | N
     Raises UnsupportedError when the device is not there.
     """
     load = read_load()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UnsupportedError(f"device '{device}' was asked for and torch sees no CUDA device; use device='cpu'")
+    require_device(device)
     watch = Stopwatch(device, seconds=0.03 if quick else 0.12)
     unit, units = describe_unit(device)
     measured: list[Measurement] = []

@@ -87,7 +87,7 @@ def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dty
     """Bring the floating-point states that have a parameter's shape to `dtype`: what the optimizer sees it in."""
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape and value.ndim:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape and key != "step":
             state[key] = value.to(dtype)
 
 

@@ -62,7 +62,7 @@ def draw_lines(lines: Sequence[Line], x_label: str, y_label: str) -> str:
         places = [place(*p) for p in line.points if all(map(math.isfinite, p))]
         if not places:
             continue
-        path = "M" + " L".join(f"{x} {y}" for x, y in places)
+        path = "M" + " L".join(f"{x} {y}" for x, y in (places if len(places) > 1 else 2 * places))
         parts.append(f'<path class="line c{line.colour}" d="{path}"><title>{escape(line.name)}</title></path>')
     middle, centre = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')

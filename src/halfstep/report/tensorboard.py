@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from halfstep.errors import MissingExtraError
+from halfstep.errors import MissingExtraError, RecordError
 from halfstep.records import EvaluationRecord, Record, StepRecord
 
 
@@ -17,7 +17,10 @@ class TensorBoard:
             raise MissingExtraError("tensorboard", "tensorboard", "writing TensorBoard events")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        try:
+            self._writer = SummaryWriter(str(folder))
+        except OSError as error:
+            raise RecordError(f"{folder} cannot be written ({error.strerror}); give another --tensorboard") from None
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ metric  accuracy on held-out images in percent, higher is better
 import gzip
 import importlib.util
 import io
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's pac
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the recipe's [task] table holds."""
+    """What the recipe's [options] table holds."""
 
     dataset: Literal["digits", "fashion-mnist", "cifar10"] = "digits"
     data: str = ""  # a folder; "" means where the data set usually is
@@ -73,13 +74,20 @@ def read_fashion(data: str) -> Images:
     def read(name: str, offset: int) -> Tensor:
         for path in (folder / f"{name}.gz", folder / name):
             if path.exists():
-                raw = path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes())
-                return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=offset)
+                try:
+                    raw = path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes())
+                    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=offset)
+                except (OSError, EOFError, zlib.error, ValueError) as error:
+                    raise DataError(f"'{path}' is damaged ({error}); get it again") from None
         raise DataError(f"'{folder}' has no {name}.gz; give the folder of Fashion-MNIST's four idx files as data")
 
     def load(split: str) -> tuple[Tensor, Tensor]:
-        x = read(f"{split}-images-idx3-ubyte", 16).view(-1, 1, 28, 28).float() / 255
-        return x, read(f"{split}-labels-idx1-ubyte", 8).long()
+        x, y = read(f"{split}-images-idx3-ubyte", 16), read(f"{split}-labels-idx1-ubyte", 8).long()
+        if len(x) != 784 * len(y):
+            raise DataError(
+                f"'{folder}' holds {len(x) / 784:g} {split} images of 28x28 and {len(y)} labels; get them again"
+            )
+        return x.view(-1, 1, 28, 28).float() / 255, y
 
     return Images(*load("train"), *load("t10k"))
 
@@ -137,7 +145,12 @@ def _decode(rows: list[dict[str, object]]) -> tuple[Tensor, Tensor]:
 
     if not rows or "img" not in rows[0] or "label" not in rows[0]:
         raise DataError(f"expected columns img and label; got {', '.join(rows[0]) if rows else 'no rows'}")
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")) for row in rows])  # type: ignore[index]
+    try:
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")) for row in rows])  # type: ignore[index]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"an image cannot be decoded ({error}); img holds bytes and path, as in uoft-cs/cifar10"
+        ) from None
     labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, labels
 
@@ -241,7 +254,7 @@ class ImageClassification:
         size, count = self.settings.batch_size, len(self.images.train)
         per_epoch = max(1, count // size)
         epoch, place = divmod(step - 1, per_epoch)
-        noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        noise = torch.Generator().manual_seed(-1 - self.settings.seed * 1_000_003 - epoch)
         chosen = torch.randperm(count, generator=noise)[place * size : (place + 1) * size]
         x, y = self.images.train[chosen], self.images.train_labels[chosen]
         if self.options.augment:

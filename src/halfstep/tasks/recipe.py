@@ -131,7 +131,5 @@ def _check(kind: type, table: Mapping[str, Any], name: str) -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
-        raise RecipeError(
-            f"recipe '{name}': {problem['msg'].replace('Input', key)}; got {problem['input']!r:.60}"
-        ) from None
+        raise RecipeError(f"recipe '{name}': {key}={problem['input']!r:.60}: {problem['msg']}") from None
     return value

@@ -26,7 +26,7 @@ HELD_OUT = 10  # one file in ten
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the recipe's [task] table holds."""
+    """What the recipe's [options] table holds."""
 
     data: str = ""  # a text file or a folder; "" is the standard library's source
     layers: Count = 4
@@ -113,12 +113,12 @@ def read_corpus(data: str) -> tuple[Tensor, Tensor]:
             raise DataError(f"'{path}' cannot be read: {error.strerror}") from None
         if b"\0" in text[:4096]:
             raise DataError(f"'{path}' is not text (it holds zero bytes); give plain text files")
-        if len(files) == 1:
-            cut = len(text) - len(text) // HELD_OUT
-            parts = ([text[:cut]], [text[cut:]])
-        else:
-            parts[_is_held_out(path.relative_to(root).as_posix())].append(text)
+        parts[_is_held_out(path.relative_to(root).as_posix())].append(text)
     train, held_out = (b"\n".join(part) for part in parts)
+    if not train or not held_out:  # too few files to split by name
+        whole = train + held_out
+        cut = len(whole) - len(whole) // HELD_OUT
+        train, held_out = whole[:cut], whole[cut:]
     if not train or not held_out:
         raise DataError(
             f"'{data}' gives {len(train)} bytes to train on and {len(held_out)} held out; both are needed: give more text"
@@ -162,7 +162,7 @@ class TextGeneration:
 
     def evaluate(self, model: nn.Module) -> float:
         count = self.options.held_out_sequences
-        starts = torch.linspace(0, len(self.held_out) - self.options.context - 1, count).long()
+        starts = torch.arange(count) * (len(self.held_out) - self.options.context - 1) // max(1, count - 1)
         pieces = starts.split(self.settings.batch_size)
         total = sum(len(p) * float(self.measure_loss(model, self._cut(self.held_out, p))) for p in pieces)
         return total / count / math.log(2)
