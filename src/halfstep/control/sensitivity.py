@@ -25,6 +25,7 @@ from halfstep.control.monitor import LayerShape, observe_shapes
 from halfstep.control.search import NOISE, LayerCost, choose_formats
 from halfstep.conversion import convert
 from halfstep.machine.hardware import DTYPES, Stopwatch, time_products
+from halfstep.machine.runtime import release_memory
 from halfstep.plan import Plan, Rule
 from halfstep.records import HardwareProfile
 
@@ -104,8 +105,8 @@ def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watc
 
 
 def _time_cast(format: str, watch: Stopwatch) -> float:
-    """Milliseconds a number, at a size beyond the caches."""
-    count = 1 << 22
+    """Milliseconds a number, at the size of a large activation."""
+    count = 1 << 20
     x, y = torch.randn(count, device=watch.device), torch.empty(count, device=watch.device, dtype=DTYPES[format])
     return watch.time(lambda: y.copy_(x)) / count
 
@@ -134,6 +135,7 @@ def choose_plan(
         costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
         plan = _follow_ties(model, choose_formats(costs))
         plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
+    release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
 
 

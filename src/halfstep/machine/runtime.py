@@ -68,6 +68,12 @@ def _flushes_denormals() -> bool:
     return float(torch.tensor([1e-40]) * 1.0) == 0.0
 
 
+def release_memory() -> None:
+    """Give freed heap pages back to the system where the C library can (malloc_trim(3)); after a burst of odd sizes."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def use_channels_last(model: nn.Module) -> None:
     """Convolution weights in the memory order that oneDNN and cuDNN multiply in; activations follow them."""
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):

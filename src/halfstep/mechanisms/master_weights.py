@@ -13,15 +13,14 @@ Two ways to keep the truth:
     fp32    a second, fp32 tensor.                                       2 + 4 bytes a parameter
     split   the 16 bits that bf16 lacks.                                 2 + 2 bytes, exact
 
-`split` adds half a unit in the last place of bf16 to the fp32 word and cuts the result in two:
+`split` rounds the fp32 word to its upper 16 bits and remembers what that left over, as a signed number:
 
-    word      = bits32 + 0x8000                                      modulo 2^32
-    live      = word >> 16           the nearest bf16; a tie goes away from zero
-    remainder = word & 0xFFFF
-    bits32    = (live << 16 | remainder) - 0x8000                    every fp32 word comes back, bit for bit
+    live      = (bits32 + 0x8000) >> 16      modulo 2^32: the nearest bf16; a tie goes away from zero
+    remainder = bits32 - (live << 16)        within 16 signed bits
+    bits32    = (live << 16) + remainder     every fp32 word comes back, bit for bit
 
-A tie has to go away from zero and not to even: rounding to even sends bits32 = ...8000 up or down by a bit that the
-16-bit remainder has no room to remember. `live` is bf16 infinity from 3.396e38 on, as in every rounding to nearest.
+A tie has to go away from zero and not to even: rounded to even, half of the ties would leave a remainder of +0x8000, one
+more than 16 signed bits hold. `live` is bf16 infinity from 3.396e38 on, as in every rounding to nearest.
 
 Sources: Kalamkar et al. 2019 (arXiv 1905.12322), split SGD; Micikevicius et al. 2018, section 3.1, master weights.
 """
@@ -51,17 +50,16 @@ def split_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     >>> live, remainder = split_slowly(torch.tensor([1.00390625]))      # halfway between two bf16 numbers
     >>> live.item(), remainder.item()
-    (1.0078125, 0)
+    (1.0078125, -32768)
     """
-    word = (weight.view(torch.int32).to(torch.int64) + HALF_ULP) & 0xFFFFFFFF
-    live, remainder = word >> 16, word & 0xFFFF
-    return _as_int16(live).view(torch.bfloat16), _as_int16(remainder)
+    bits = weight.view(torch.int32).to(torch.int64)
+    live = ((bits + HALF_ULP) >> 16) & 0xFFFF
+    return _as_int16(live).view(torch.bfloat16), _as_int16((bits - (live << 16)) & 0xFFFF)
 
 
 def join_slowly(live: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 tensor that `split_slowly` took apart."""
-    high, low = live.view(torch.int16).to(torch.int64) & 0xFFFF, remainder.to(torch.int64) & 0xFFFF
-    bits = ((high << 16 | low) - HALF_ULP) & 0xFFFFFFFF
+    bits = ((live.view(torch.int16).to(torch.int64) << 16) + remainder.to(torch.int64)) & 0xFFFFFFFF
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
 
 
@@ -71,15 +69,15 @@ def _as_int16(unsigned: Tensor) -> Tensor:
 
 def split(weight: Tensor, live: Tensor, remainder: Tensor) -> None:
     """`split_slowly` into given tensors, by vectorised passes; `weight` is used up."""
-    word = weight.view(torch.int32).add_(HALF_ULP)
-    remainder.copy_(word)  # conversion to a narrower integer keeps the low 16 bits
-    live.view(torch.int16).copy_(word.bitwise_right_shift_(16))
+    bits = weight.view(torch.int32)
+    remainder.copy_(bits)  # conversion to a narrower integer keeps the low 16 bits, which are the remainder
+    live.view(torch.int16).copy_(bits.add_(HALF_ULP).bitwise_right_shift_(16))
 
 
 def join(live: Tensor, remainder: Tensor) -> Tensor:
-    """`join_slowly` by vectorised passes: bits32 = (live << 16) + (remainder - 0x8000), the latter as signed 16 bits."""
+    """`join_slowly` by vectorised passes."""
     weight = live.to(torch.float32)  # the same as a shift by 16, and faster
-    weight.view(torch.int32).add_(remainder.bitwise_xor(-HALF_ULP))
+    weight.view(torch.int32).add_(remainder)
     return weight
 
 
