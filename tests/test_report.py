@@ -294,7 +294,7 @@ class TestConclusion:
         said = self.conclude_for("equivalent", 1.5)
         assert said.startswith("halfstep is 1.50 times as fast as fp32, 1.30 times as fast as torch-amp")
         assert "at equal accuracy" in said
-        assert "-20 % memory of fp32" in said
+        assert "20 % less memory than fp32" in said
 
     @pytest.mark.parametrize("verdict", ["worse", "inconclusive", "not trained"])
     def test_a_gain_without_equal_accuracy_is_qualified(self, verdict: str) -> None:

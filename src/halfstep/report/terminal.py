@@ -157,15 +157,22 @@ def conclude(c: ComparisonRecord) -> str:
         distrust = "The control was not rejected: no verdict here can be trusted. Train longer or use more seeds."
         return "" if c.gate_works else distrust
     gains = [f"{_times(ratio)} {rival}" for rival, ratio in ours.speedup.items()]
-    memory = [f"{100 * (ratio - 1):+.0f} % memory of {rival}" for rival, ratio in ours.memory_ratio.items()]
+    memory = [f"{_size(ratio)} {rival}" for rival, ratio in ours.memory_ratio.items()]
     held = {"equivalent": "at equal accuracy", "better": "at better accuracy"}.get(
         ours.verdict, f"but accuracy is {ours.verdict}"
     )
     lead = "" if max(ours.speedup.values(), default=1.0) > 1.03 else "No gain here: "
-    return f"{lead}halfstep is {', '.join(gains)}, {held}; {', '.join(memory)}."
+    return f"{lead}halfstep is {', '.join(gains)}, {held}; it takes {', '.join(memory)}."
 
 
 def _times(ratio: float) -> str:
     if ratio > 1.03:
         return f"{ratio:.2f} times as fast as"
     return "as fast as" if ratio > 0.97 else f"slower ({ratio:.2f} times the speed) than"
+
+
+def _size(ratio: float) -> str:
+    percent = round(100 * (ratio - 1))
+    if percent == 0:
+        return "the memory of"
+    return f"{abs(percent)} % {'less' if percent < 0 else 'more'} memory than"
