@@ -85,7 +85,7 @@ def read_fashion(data: str) -> Images:
         x, y = read(f"{split}-images-idx3-ubyte", 16), read(f"{split}-labels-idx1-ubyte", 8).long()
         if len(x) != 784 * len(y):
             raise DataError(
-                f"'{folder}' holds {len(x) / 784:g} {split} images of 28x28 and {len(y)} labels; get them again"
+                f"'{folder}': {split}-images-idx3-ubyte holds {len(x) / 784:g} images of 28x28 for {len(y)} labels; get it again"
             )
         return x.view(-1, 1, 28, 28).float() / 255, y
 
