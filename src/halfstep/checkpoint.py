@@ -25,9 +25,10 @@ _TENSOR, _PAIRS, _TUPLE = "$tensor", "$pairs", "$tuple"
 def pack(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """What JSON can hold of a state; its tensors go into `tensors` under fresh names.
 
-    >>> tensors = {}
-    >>> pack({"w": torch.ones(2), 3: (1, "a")}, tensors)
-    {'$pairs': [['w', {'$tensor': '0'}], [3, {'$tuple': [1, 'a']}]]}
+    Examples:
+        >>> tensors = {}
+        >>> pack({"w": torch.ones(2), 3: (1, "a")}, tensors)
+        {'$pairs': [['w', {'$tensor': '0'}], [3, {'$tuple': [1, 'a']}]]}
 
     Raises CheckpointError for a value of another kind.
     """
@@ -49,8 +50,9 @@ def pack(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def unpack(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The state that `pack` took apart.
 
-    >>> unpack(pack({1: [2.5, None]}, {}), {})
-    {1: [2.5, None]}
+    Examples:
+        >>> unpack(pack({1: [2.5, None]}, {}), {})
+        {1: [2.5, None]}
     """
     if isinstance(packed, list):
         return [unpack(value, tensors) for value in packed]

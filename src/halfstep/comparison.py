@@ -128,8 +128,9 @@ class PlainLoop:
 def is_arm(name: str) -> bool:
     """Whether an arm has that name.
 
-    >>> is_arm("halfstep:bf16-true"), is_arm("fp23")
-    (True, False)
+    Examples:
+        >>> is_arm("halfstep:bf16-true"), is_arm("fp23")
+        (True, False)
     """
     return name in (*RIVALS, "halfstep", CONTROL) or name.startswith("halfstep:")
 
@@ -308,8 +309,9 @@ class Verdict:
 def judge_equivalence(differences: Sequence[float], margin: float, *, higher_is_better: bool) -> Verdict:
     """Two one-sided t-tests at 5 %, as a 90 % confidence interval against the margin.
 
-    >>> judge_equivalence([0.01, -0.01, 0.0], 0.1, higher_is_better=True).word
-    'equivalent'
+    Examples:
+        >>> judge_equivalence([0.01, -0.01, 0.0], 0.1, higher_is_better=True).word
+        'equivalent'
     """
     mean = statistics.fmean(differences)
     if not math.isfinite(mean):

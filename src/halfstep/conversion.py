@@ -31,9 +31,10 @@ UNITS = ("linear", "conv", "attention", "recurrent", "norm")  # what `cast = "un
 class Conversion:
     """What a plan did to a model. Made by `convert`; undone by `undo()` or at the end of a `with` block.
 
-    >>> with convert(nn.Linear(2, 2), Plan.preset("bf16-true")) as conversion:
-    ...     print(conversion.describe()[0].storage, conversion.model.weight.dtype)
-    bf16 torch.bfloat16
+    Examples:
+        >>> with convert(nn.Linear(2, 2), Plan.preset("bf16-true")) as conversion:
+        ...     print(conversion.describe()[0].storage, conversion.model.weight.dtype)
+        bf16 torch.bfloat16
     """
 
     def __init__(self, model: nn.Module, plan: Plan, resolution: Resolution, device_type: str) -> None:
@@ -51,11 +52,12 @@ class Conversion:
     def audit(self) -> Audit:
         """A `with` block that sees what really runs: formats of all products, and every cast.
 
-        >>> with convert(nn.Sequential(nn.Linear(2, 2)), Plan.preset("bf16-mixed")) as conversion:
-        ...     with conversion.audit() as audit, conversion.autocast():
-        ...         _ = conversion.model(torch.ones(1, 2))
-        >>> audit.computed["0"]
-        Counter({'bf16': 1})
+        Examples:
+            >>> with convert(nn.Sequential(nn.Linear(2, 2)), Plan.preset("bf16-mixed")) as conversion:
+            ...     with conversion.audit() as audit, conversion.autocast():
+            ...         _ = conversion.model(torch.ones(1, 2))
+            >>> audit.computed["0"]
+            Counter({'bf16': 1})
         """
         return Audit(self.model)
 
@@ -183,13 +185,14 @@ class Conversion:
 def convert(model: nn.Module, plan: Plan) -> Conversion:
     """Apply a plan to a model, in place.
 
-    >>> layer = nn.Linear(2, 2)
-    >>> weight = layer.weight
-    >>> conversion = convert(layer, Plan.parse("compute=bf16 storage=bf16 master=split"))
-    >>> layer.weight.dtype, layer.state_dict()["weight"].dtype
-    (torch.bfloat16, torch.float32)
-    >>> conversion.undo(); layer.weight is weight, layer.weight.dtype
-    (True, torch.float32)
+    Examples:
+        >>> layer = nn.Linear(2, 2)
+        >>> weight = layer.weight
+        >>> conversion = convert(layer, Plan.parse("compute=bf16 storage=bf16 master=split"))
+        >>> layer.weight.dtype, layer.state_dict()["weight"].dtype
+        (torch.bfloat16, torch.float32)
+        >>> conversion.undo(); layer.weight is weight, layer.weight.dtype
+        (True, torch.float32)
 
     Raises PlanError for a dead rule or a tied weight with two storages, UnsupportedError for what cannot be honoured
     here, ModelError for a model whose weights are 16 bits wide already. A model that is refused is left as it was.

@@ -22,8 +22,9 @@ from collections.abc import Iterable
 class HalfstepError(Exception):
     """Root of every error that halfstep raises on purpose.
 
-    >>> issubclass(PlanError, HalfstepError)
-    True
+    Examples:
+        >>> issubclass(PlanError, HalfstepError)
+        True
     """
 
 
@@ -77,8 +78,9 @@ class MissingExtraError(HalfstepError, ImportError):
 def describe_unknown(what: str, given: object, allowed: Iterable[str]) -> str:
     """One line that names the unknown word, its nearest neighbour and all that is allowed.
 
-    >>> describe_unknown("format", "bf61", ["bf16", "fp16"])
-    "unknown format 'bf61'; did you mean 'bf16'? Allowed: bf16, fp16"
+    Examples:
+        >>> describe_unknown("format", "bf61", ["bf16", "fp16"])
+        "unknown format 'bf61'; did you mean 'bf16'? Allowed: bf16, fp16"
     """
     choices = sorted(allowed)
     near = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.5)

@@ -57,8 +57,9 @@ class Settings:
 class Rule:
     """Keys and settings; a setting that is None is left to later rules.
 
-    >>> Rule(path="head", compute="float32").compute
-    'fp32'
+    Examples:
+        >>> Rule(path="head", compute="float32").compute
+        'fp32'
 
     Raises PlanError or FormatError, naming the nearest word, for an unknown kind, format, master or cast.
     """
@@ -129,9 +130,10 @@ class Resolution:
 class Plan:
     """Ordered rules, and how the loss is scaled.
 
-    >>> plan = Plan.preset("bf16-mixed")
-    >>> Plan.parse(str(plan)) == plan
-    True
+    Examples:
+        >>> plan = Plan.preset("bf16-mixed")
+        >>> Plan.parse(str(plan)) == plan
+        True
     """
 
     rules: tuple[Rule, ...] = ()
@@ -146,8 +148,9 @@ class Plan:
     def preset(name: str) -> "Plan":
         """The plan of a precision name as Lightning Fabric spells it, or of an alias.
 
-        >>> Plan.preset("bf16").name
-        'bf16-mixed'
+        Examples:
+            >>> Plan.preset("bf16").name
+            'bf16-mixed'
 
         Raises PlanError, naming the nearest preset, when there is none.
         """
@@ -160,8 +163,9 @@ class Plan:
     def parse(text: str) -> "Plan":
         """A plan from a preset's name or from the text that `str(plan)` gives.
 
-        >>> Plan.parse("bf16-mixed").loss_scale
-        'none'
+        Examples:
+            >>> Plan.parse("bf16-mixed").loss_scale
+            'none'
         """
         if "=" not in text:
             return Plan.preset(text.strip())
@@ -233,8 +237,9 @@ class Plan:
     def resolve(self, modules: Mapping[str, str]) -> Resolution:
         """Lay the rules over modules given as path -> kind ("" for none of KINDS; the model itself has path "").
 
-        >>> Plan(rules=(Rule(path="*.head", compute="bf16"),)).resolve({"a.head": "linear"}).table["a.head"].compute
-        'bf16'
+        Examples:
+            >>> Plan(rules=(Rule(path="*.head", compute="bf16"),)).resolve({"a.head": "linear"}).table["a.head"].compute
+            'bf16'
         """
         table = {path: self._settings_for(path, kind) for path, kind in modules.items()}
         alive = {rule for rule in self.rules for path, kind in modules.items() if rule.matches(path, kind)}

@@ -53,7 +53,10 @@ class Capability(Record):
 class HardwareProfile(Record):
     """One machine, as it was measured.
 
-    >>> HardwareProfile(device="cpu", machine="M", unit="AVX2", torch_version="2.13", threads=2, date="").find_capability("bf16")
+    Examples:
+        >>> profile = HardwareProfile(device="cpu", machine="M", unit="AVX2", torch_version="2.13", threads=2, date="")
+        >>> profile.find_capability("bf16") is None
+        True
     """
 
     device: str  # cpu | cuda
@@ -74,8 +77,9 @@ class HardwareProfile(Record):
 class StepOutcome(Record):
     """What one call of `Stepper.step` did.
 
-    >>> StepOutcome(status="applied", step=1, scale_before=1.0, scale_after=1.0).applied
-    True
+    Examples:
+        >>> StepOutcome(status="applied", step=1, scale_before=1.0, scale_after=1.0).applied
+        True
     """
 
     status: Literal["applied", "skipped", "accumulated"]
@@ -244,8 +248,9 @@ def _adapter(name: str) -> TypeAdapter[Any]:
 def encode(record: Record) -> str:
     """One JSON object on one line.
 
-    >>> encode(EndRecord(step=3, reason="finished", peak_memory_bytes=0, skipped_steps=0))[:36]
-    '{"schema":1,"record":"EndRecord","st'
+    Examples:
+        >>> encode(EndRecord(step=3, reason="finished", peak_memory_bytes=0, skipped_steps=0))[:36]
+        '{"schema":1,"record":"EndRecord","st'
     """
     body = _adapter(type(record).__name__).dump_json(record).decode()
     head = f'{{"schema":{SCHEMA},"record":"{type(record).__name__}"'

@@ -37,10 +37,11 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 class Stepper:
     """Trains a model under a plan, one step a call. Made by `prepare`.
 
-    >>> model = nn.Linear(2, 1)
-    >>> stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
-    >>> [stepper.step(model(torch.ones(1, 2)).sum()).status for _ in range(2)]
-    ['accumulated', 'applied']
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
+        >>> [stepper.step(model(torch.ones(1, 2)).sum()).status for _ in range(2)]
+        ['accumulated', 'applied']
     """
 
     def __init__(
@@ -314,19 +315,23 @@ def prepare(
 ) -> Stepper:
     """Make a model and its optimizer train under a plan.
 
-    plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
-        path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it.
-    accumulate: micro-batches in one update; each loss is divided by it.
-    clip: largest 2-norm of all gradients together, after unscaling.
-    schedulers: stepped once for every applied step.
-    profile: the machine as measured; "auto" reads the cached one, or probes for three seconds.
+    Args:
+        model: an fp32 module.
+        optimizer: any torch optimizer over its parameters.
+        plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
+            path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it.
+        accumulate: micro-batches in one update; each loss is divided by it.
+        clip: largest 2-norm of all gradients together, after unscaling.
+        schedulers: stepped once for every applied step.
+        profile: the machine as measured; "auto" reads the cached one, or probes for three seconds.
 
-    >>> model = nn.Linear(4, 1)
-    >>> stepper = prepare(model, torch.optim.AdamW(model.parameters()), "bf16-mixed")
-    >>> with stepper.autocast():
-    ...     loss = stepper.model(torch.ones(2, 4)).square().mean()
-    >>> stepper.step(loss).status
-    'applied'
+    Examples:
+        >>> model = nn.Linear(4, 1)
+        >>> stepper = prepare(model, torch.optim.AdamW(model.parameters()), "bf16-mixed")
+        >>> with stepper.autocast():
+        ...     loss = stepper.model(torch.ones(2, 4)).square().mean()
+        >>> stepper.step(loss).status
+        'applied'
 
     Raises ModelError when there is nothing to train, PlanError, FormatError or UnsupportedError for the plan.
     """

@@ -127,8 +127,9 @@ def build_schedule(optimizer: Optimizer, settings: TrainSettings) -> LambdaLR:
 def evaluation_steps(settings: TrainSettings) -> set[int]:
     """The steps after which the task is evaluated.
 
-    >>> sorted(evaluation_steps(TrainSettings(steps=10, evaluations=2)))
-    [5, 10]
+    Examples:
+        >>> sorted(evaluation_steps(TrainSettings(steps=10, evaluations=2)))
+        [5, 10]
     """
     count = max(1, min(settings.evaluations, settings.steps))
     return {round(settings.steps * (i + 1) / count) for i in range(count)}

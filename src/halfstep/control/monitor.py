@@ -33,8 +33,9 @@ BACKWARD = "(backward)"
 def name_dtype(dtype: torch.dtype) -> str:
     """halfstep's name of a torch dtype.
 
-    >>> name_dtype(torch.bfloat16)
-    'bf16'
+    Examples:
+        >>> name_dtype(torch.bfloat16)
+        'bf16'
     """
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
@@ -59,11 +60,12 @@ def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 class Audit(TorchDispatchMode):
     """What every layer really ran in, seen at run time.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> with Audit(model) as audit:
-    ...     _ = model(torch.ones(1, 2))
-    >>> audit.computed["0"]
-    Counter({'fp32': 1})
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with Audit(model) as audit:
+        ...     _ = model(torch.ones(1, 2))
+        >>> audit.computed["0"]
+        Counter({'fp32': 1})
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -28,9 +28,10 @@ class LayerCost:
 def choose_formats(costs: Sequence[LayerCost], *, master: str = "split") -> Plan:
     """One rule a layer, each with its reason, then a rule for the rest.
 
-    >>> cost = LayerCost(path="fc", shape=(8, 8, 8), products={"fp32": 2.0, "bf16": 0.5}, casts={"bf16": 0.1})
-    >>> choose_formats([cost]).rules[0].compute
-    'bf16'
+    Examples:
+        >>> cost = LayerCost(path="fc", shape=(8, 8, 8), products={"fp32": 2.0, "bf16": 0.5}, casts={"bf16": 0.1})
+        >>> choose_formats([cost]).rules[0].compute
+        'bf16'
     """
     rules, chosen = [], set()
     for cost in costs:

@@ -72,8 +72,9 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def halve_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The first half of every tensor, where all agree on the size of their first dimension; else all as it is.
 
-    >>> halve_batch((torch.ones(4, 2),), {})[0][0].shape
-    torch.Size([2, 2])
+    Examples:
+        >>> halve_batch((torch.ones(4, 2),), {})[0][0].shape
+        torch.Size([2, 2])
     """
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     sizes = {t.shape[0] if t.ndim else 0 for t in tensors}
@@ -116,10 +117,11 @@ def choose_plan(
 ) -> Choice:
     """The plan that "auto" means for this model, fed with this batch, on the machine of this profile.
 
-    >>> from halfstep.machine.hardware import probe_hardware
-    >>> choice = choose_plan(nn.Linear(4, 4), (torch.ones(2, 4),), profile=probe_hardware(quick=True))
-    >>> choice.plan.rules[-1].compute          # a layer this small never leaves fp32
-    'fp32'
+    Examples:
+        >>> from halfstep.machine.hardware import probe_hardware
+        >>> choice = choose_plan(nn.Linear(4, 4), (torch.ones(2, 4),), profile=probe_hardware(quick=True))
+        >>> choice.plan.rules[-1].compute          # a layer this small never leaves fp32
+        'fp32'
     """
     start, kwargs = time.perf_counter(), kwargs or {}
     fast = [f for f in CANDIDATES if (c := profile.find_capability(f)) is not None and c.status == "native"]

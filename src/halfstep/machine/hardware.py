@@ -328,9 +328,10 @@ def probe_hardware(device: str = "cpu", *, quick: bool = False, threads: int | N
 
     Takes about 20 seconds on two cores, 3 with `quick` (fewer shapes, no convolutions, no memory).
 
-    >>> profile = probe_hardware(quick=True)
-    >>> profile.find_capability("fp32").status
-    'native'
+    Examples:
+        >>> profile = probe_hardware(quick=True)
+        >>> profile.find_capability("fp32").status
+        'native'
 
     Raises UnsupportedError when the device is not there.
     """

@@ -39,9 +39,10 @@ def tune_process(
 ) -> Iterator[dict[str, str]]:
     """Apply settings for the length of a `with` block; yields {setting: what was done and why}.
 
-    >>> with tune_process(allocator=False, threads=1) as settings:
-    ...     settings["threads"]
-    '1: as asked'
+    Examples:
+        >>> with tune_process(allocator=False, threads=1) as settings:
+        ...     settings["threads"]
+        '1: as asked'
     """
     if threads is not None and threads < 1:
         raise ModelError(f"threads must be at least 1; got {threads}")

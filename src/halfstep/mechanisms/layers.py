@@ -31,8 +31,9 @@ _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
 def find_kind(module: nn.Module) -> str:
     """The word a plan has for this module; "" when it has none.
 
-    >>> find_kind(nn.Linear(2, 2)), find_kind(nn.Sequential())
-    ('linear', '')
+    Examples:
+        >>> find_kind(nn.Linear(2, 2)), find_kind(nn.Sequential())
+        ('linear', '')
     """
     return next((kind for kind, classes in _KINDS if isinstance(module, classes)), "")
 

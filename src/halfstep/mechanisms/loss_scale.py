@@ -39,8 +39,9 @@ UNSCALED = LossScaleRule(growth=1.0, backoff=1.0)
 def adjust(state: LossScale, rule: LossScaleRule, *, found_nonfinite: bool) -> LossScale:
     """The scale for the next step.
 
-    >>> adjust(LossScale(scale=8.0), LossScaleRule(), found_nonfinite=True).scale
-    4.0
+    Examples:
+        >>> adjust(LossScale(scale=8.0), LossScaleRule(), found_nonfinite=True).scale
+        4.0
     """
     if found_nonfinite:
         backs_off = state.overflows + 1 >= rule.hysteresis

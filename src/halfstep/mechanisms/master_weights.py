@@ -48,9 +48,10 @@ PARAMETERWISE = {
 def split_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 tensor -> (bf16, int16 remainder), as the head of this module defines it: the readable truth.
 
-    >>> live, remainder = split_slowly(torch.tensor([1.00390625]))      # halfway between two bf16 numbers
-    >>> live.item(), remainder.item()
-    (1.0078125, -32768)
+    Examples:
+        >>> live, remainder = split_slowly(torch.tensor([1.00390625]))      # halfway between two bf16 numbers
+        >>> live.item(), remainder.item()
+        (1.0078125, -32768)
     """
     bits = weight.view(torch.int32).to(torch.int64)
     live = ((bits + HALF_ULP) >> 16) & 0xFFFF
@@ -122,11 +123,12 @@ class _Truth:
 class MasterWeights:
     """Keeps parameters narrow, and steps an optimizer on their fp32 truth.
 
-    >>> layer = nn.Linear(4, 4)
-    >>> masters = MasterWeights()
-    >>> masters.narrow(layer.weight, torch.bfloat16, "split")
-    >>> layer.weight.dtype, masters.read(layer.weight).dtype
-    (torch.bfloat16, torch.float32)
+    Examples:
+        >>> layer = nn.Linear(4, 4)
+        >>> masters = MasterWeights()
+        >>> masters.narrow(layer.weight, torch.bfloat16, "split")
+        >>> layer.weight.dtype, masters.read(layer.weight).dtype
+        (torch.bfloat16, torch.float32)
     """
 
     def __init__(self) -> None:

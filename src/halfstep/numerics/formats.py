@@ -23,8 +23,9 @@ from halfstep.errors import FormatError, describe_unknown
 class Format:
     """A number format.
 
-    >>> FP16.max, BF16.eps, FP8_E4M3.smallest_subnormal
-    (65504.0, 0.0078125, 0.001953125)
+    Examples:
+        >>> FP16.max, BF16.eps, FP8_E4M3.smallest_subnormal
+        (65504.0, 0.0078125, 0.001953125)
     """
 
     name: str
@@ -92,8 +93,9 @@ class Format:
     def decode(self, code: int) -> float:
         """The value of a code in [0, 2**bits).
 
-        >>> FP8_E4M3.decode(0x7E), BF16.decode(0x3F80)
-        (448.0, 1.0)
+        Examples:
+            >>> FP8_E4M3.decode(0x7E), BF16.decode(0x3F80)
+            (448.0, 1.0)
 
         Raises FormatError when the code does not fit in the format's bits.
         """
@@ -147,8 +149,9 @@ _BY_ANY_NAME = {name: f for f in FORMATS.values() for name in (f.name, *f.aliase
 def find_format(name: str) -> Format:
     """The format of that name or alias.
 
-    >>> find_format("bfloat16").name
-    'bf16'
+    Examples:
+        >>> find_format("bfloat16").name
+        'bf16'
 
     Raises FormatError, naming the nearest format, when there is none.
     """

@@ -25,8 +25,9 @@ class Line:
 def choose_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two bounds.
 
-    >>> choose_ticks(0, 10)
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    Examples:
+        >>> choose_ticks(0, 10)
+        [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     """
     span = high - low or abs(high) or 1.0
     raw = span / count

@@ -56,8 +56,9 @@ def list_recipes() -> list[str]:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by name or path, with `key=value` overrides.
 
-    >>> load_recipe("text-generation", ["layers=2"]).options.layers
-    2
+    Examples:
+        >>> load_recipe("text-generation", ["layers=2"]).options.layers
+        2
 
     Raises RecipeError, naming the nearest word, for an unknown recipe, task or key, and for a value of the wrong kind.
     """
