@@ -80,8 +80,10 @@ def make_profile(bf16: Status = "native", fp16: Status = "slower") -> HardwarePr
     """A machine on which all formats but bf16 and fp16 are slower than fp32."""
     statuses: dict[str, Status] = {"fp32": "native", "bf16": bf16, "fp16": fp16}
     capabilities = tuple(
-        Capability(format=name, status=statuses.get(name, "slower"), ratio=1.0, ratio_best=1.0, why=f"{name} by hand")
+        Capability(format=name, status=status, ratio=ratio, ratio_best=ratio, why=f"{name} by hand")
         for name in FORMATS
+        for status in [statuses.get(name, "slower")]
+        for ratio in [1.0 if status == "native" else 0.5]
     )
     return HardwareProfile(
         device="cpu", machine="by hand", unit="none", torch_version=torch.__version__, threads=1, date="2026-01-01",

@@ -331,7 +331,7 @@ class TestBadInput:
 
     def test_a_checkpoint_of_another_model_is_one_line(self, trained: House) -> None:
         done = trained.run("train", "long.toml", "--resume", "whole", "--set", "width=64")
-        require_one_line(done, "is of another model")
+        require_one_line(done, "was started with other options")
 
     def test_a_folder_that_holds_a_run_is_not_overwritten(self, trained: House) -> None:
         before = (trained.root / "whole" / "record.jsonl").read_bytes()

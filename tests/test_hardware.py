@@ -1,4 +1,5 @@
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,10 +269,21 @@ def test_damaged_profile_counts_as_none(profile: HardwareProfile, tmp_path: Path
     assert load_profile(tmp_path) is None
 
 
+def test_profile_of_a_busy_machine_is_not_kept(
+    profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "profile.json"
+    monkeypatch.setattr(hardware, "locate_profile", lambda device: path)
+    monkeypatch.setattr(hardware, "probe_hardware", lambda device, *, quick: replace(profile, load=2.0))
+    assert get_profile().load == 2.0
+    assert not path.exists()
+
+
 def test_profile_is_probed_once_and_then_read(
     profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probes: list[str] = []
+    profile = replace(profile, load=0.0)
 
     def probe(device: str, *, quick: bool) -> HardwareProfile:
         probes.append(device)

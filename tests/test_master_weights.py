@@ -518,3 +518,20 @@ def test_forward_and_backward_run_on_the_narrow_weight() -> None:
     layer(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["split", "fp32"])
+def test_weights_that_are_changed_in_place_become_the_truth(kind: str) -> None:
+    weight = nn.Parameter(torch.randn(8, 8))
+    masters = MasterWeights()
+    masters.narrow(weight, torch.bfloat16, kind)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    with torch.no_grad():
+        weight.clamp_(min=0)
+    assert torch.equal(masters.read(weight), weight.detach().float())
+    masters.step(optimizer, {weight: torch.ones(8, 8)})
+    assert bool((masters.read(weight) >= 0).all())
+    with torch.no_grad():
+        weight.fill_(0.5)
+    masters.widen(weight)
+    assert bool((weight == 0.5).all())

@@ -123,7 +123,7 @@ def test_defaults_name_every_threshold_that_is_moved() -> None:
 def test_allocator_of_another_c_library_is_left_alone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     with tune_process() as settings:
-        assert settings == {"allocator": "untouched: the C library is not glibc"}
+        assert settings == {"allocator": "untouched: the C library does not take it"}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")

@@ -55,9 +55,11 @@ def test_gain_within_noise_is_no_gain() -> None:
     assert (below.rules[0].compute, above.rules[0].compute) == ("fp32", "bf16")
 
 
-def test_fastest_format_wins() -> None:
+def test_one_16_bit_format_serves_the_whole_model_and_bf16_where_none_is_clearly_faster() -> None:
     plan = choose_formats([cost_of("a", fp32=4.0, bf16=2.0, fp16=1.0), cost_of("b", fp32=4.0, bf16=1.0, fp16=2.0)])
-    assert [rule.compute for rule in plan.rules[:2]] == ["fp16", "bf16"]
+    assert [rule.compute for rule in plan.rules[:2]] == ["bf16", "bf16"]
+    plan = choose_formats([cost_of("a", fp32=4.0, bf16=2.0, fp16=1.0), cost_of("b", fp32=4.0, bf16=1.5, fp16=1.6)])
+    assert [rule.compute for rule in plan.rules[:2]] == ["fp16", "fp16"]
 
 
 def test_only_fp32_gives_plain_fp32_for_all() -> None:
@@ -85,7 +87,7 @@ def test_rest_follows_the_format_with_the_most_work() -> None:
         cost_of("c", fp32=9.0, bf16=5.0, fp16=1.0),
     ]
     table = settings_of(choose_formats(costs), a="linear", c="linear", relu="")
-    assert [table[path].compute for path in ("a", "c", "relu")] == ["bf16", "fp16", "fp16"]
+    assert [table[path].compute for path in ("a", "c", "relu")] == ["fp16", "fp16", "fp16"]
 
 
 def test_embeddings_are_stored_in_the_format_of_the_rest() -> None:
@@ -110,11 +112,9 @@ def test_loss_is_scaled_for_fp16_and_not_for_bf16(format: str, loss_scale: str) 
     assert choose_formats([cost]).loss_scale == loss_scale
 
 
-def test_loss_is_scaled_when_any_layer_computes_in_fp16() -> None:
-    costs = [cost_of("a", fp32=9.0, bf16=1.0, fp16=2.0), cost_of("b", fp32=1.0, bf16=0.5, fp16=0.1)]
-    plan = choose_formats(costs)
-    assert [rule.compute for rule in plan.rules[:2]] == ["bf16", "fp16"]
-    assert plan.loss_scale == "dynamic"
+def test_loss_is_scaled_in_fp16_and_in_fp16_alone() -> None:
+    assert choose_formats([cost_of("a", fp32=9.0, bf16=2.0, fp16=1.0)]).loss_scale == "dynamic"
+    assert choose_formats([cost_of("a", fp32=9.0, bf16=1.0, fp16=2.0)]).loss_scale == "none"
 
 
 def test_reason_holds_the_numbers_it_was_decided_by() -> None:

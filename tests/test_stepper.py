@@ -896,3 +896,30 @@ def test_weights_trained_under_several_plans_are_those_of_the_plans_in_turn() ->
         stepper.adopt(Plan.parse(plan))
         train(stepper, [batch])
     assert_same(copy_weights(model), train_apart(plans))
+
+
+def test_restored_model_and_optimizer_go_on_without_the_stepper() -> None:
+    model = make_mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    stepper = prepare(model, optimizer, "bf16-true")
+    x, y = make_regression_batches(1)[0]
+    with stepper.autocast():
+        loss = nn.functional.mse_loss(stepper.model(x), y)
+    stepper.step(loss)
+    stepper.restore()
+    with stepper.autocast():
+        assert model(x).dtype is torch.float32
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def test_loading_a_state_empties_the_window() -> None:
+    model = make_mlp()
+    stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), "bf16-mixed", accumulate=2)
+    saved = stepper.state_dict()
+    x, y = make_regression_batches(1)[0]
+    stepper.step(nn.functional.mse_loss(model(x), y))
+    stepper.load_state_dict(saved)
+    assert all(p.grad is None for p in model.parameters())
+    assert stepper.step(nn.functional.mse_loss(model(x), y)).status == "accumulated"

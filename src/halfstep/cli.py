@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from halfstep import records
-from halfstep.errors import HalfstepError, RecipeError, RecordError
+from halfstep.errors import CheckpointError, HalfstepError, RecipeError, RecordError
 
 if TYPE_CHECKING:
     from halfstep.records import Record
@@ -141,6 +141,7 @@ def plan(
     from halfstep.control.sensitivity import choose_plan
     from halfstep.conversion import convert
     from halfstep.machine.hardware import get_profile
+    from halfstep.machine.runtime import tune_process, use_channels_last
     from halfstep.report.terminal import show_plan
     from halfstep.stepper import read_plan
 
@@ -148,9 +149,11 @@ def plan(
     loaded = _load(recipe, overrides, precision=precision, data=data)
     task = loaded.build_task()
     model = task.build_model()
+    use_channels_last(model)
     why = ""
     if loaded.precision == "auto":
-        choice = choose_plan(model, (task.make_batch(1)[0],), profile=get_profile())
+        with tune_process():
+            choice = choose_plan(model, (task.make_batch(1)[0],), profile=get_profile())
         chosen, why = choice.plan, choice.why
     else:
         chosen = read_plan(loaded.precision)
@@ -210,8 +213,13 @@ def train(
         )  # fmt: skip
         run = Run(task, stepper, settings, folder, name=f"{loaded.name}, {loaded.task}")
         if resume is not None:
+            if run.record.exists():
+                _require_same_recipe(run.record, str(loaded))
             run.resume()
             console.print(f"going on after step {run.done}")
+            if run.done >= settings.steps:
+                console.print("this run is finished; nothing to do")
+                return
         else:
             run.begin(
                 RunRecord(task=loaded.task, arm="halfstep", precision=loaded.precision, seed=settings.seed, steps=settings.steps,
@@ -231,12 +239,27 @@ def train(
                 signal.signal(number, handler)
     console.print(f"kept in {folder}", soft_wrap=True)
     if end.reason == "interrupted":
-        again = f"halfstep train {recipe} --resume {folder}"
+        again = shlex.join(["halfstep", *_drop_options(sys.argv[1:], "--out", "--resume"), "--resume", str(folder)])
         console.print(
-            f"stopped after step {end.step} of {settings.steps}; go on with the same options and: {again}",
+            f"stopped after step {end.step} of {settings.steps}; go on with: {again}",
             soft_wrap=True,
         )
         raise typer.Exit(130)
+
+
+def _drop_options(words: list[str], *names: str) -> list[str]:
+    """A command's words without some options and their values."""
+    kept = [w for w, before in zip(words, ["", *words], strict=False) if w not in names and before not in names]
+    return [w for w in kept if not w.startswith(tuple(f"{name}=" for name in names))]
+
+
+def _require_same_recipe(record: Path, recipe: str) -> None:
+    """Raises CheckpointError, naming what differs, when a run was started with another recipe or other options."""
+    head = next((r for r in records.read(record) if isinstance(r, records.RunRecord)), None)
+    if head is not None and head.recipe != recipe:
+        before, now = head.recipe.splitlines(), recipe.splitlines()
+        changed = "; ".join(f"{old} then, {new} now" for old, new in zip(before, now, strict=False) if old != new)
+        raise CheckpointError(f"{record.parent} was started with other options: {changed}; give the same ones")
 
 
 @app.command()

@@ -17,6 +17,7 @@ is equivalent when the 90 % confidence interval of the mean difference lies with
 lies beyond it, inconclusive otherwise. An arm whose loss has not moved is "not trained", whatever its metric is.
 """
 
+import contextlib
 import datetime
 import math
 import statistics
@@ -227,8 +228,9 @@ class _Worker:
 
     def send(self, step: int) -> None:
         if self.process.stdin is not None:
-            self.process.stdin.write(f"{_YOUR_TURN} {step}\n" if step else "end\n")
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it died: `listen` says of what
+                self.process.stdin.write(f"{_YOUR_TURN} {step}\n" if step else "end\n")
+                self.process.stdin.flush()
 
     def listen(self, turn: int) -> Iterator[Record]:
         """Records until the worker gives its turn back or ends. Raises TrainingError when it died."""
@@ -351,7 +353,7 @@ def _turn_medians(workers: Sequence[_Worker]) -> dict[tuple[int, int], float]:
 def _mean_curve(workers: Sequence[_Worker], points: int = 150) -> tuple[Point, ...]:
     """Training loss over steps and seconds, mean over seeds, smoothed to at most `points` points."""
     count = min(len(w.steps) for w in workers)
-    width = max(1, count // points)
+    width = max(1, math.ceil(count / points))
     curve = []
     elapsed = [0.0] * len(workers)
     for begin in range(0, count - width + 1, width):
@@ -381,9 +383,21 @@ def _spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _rejects(control: Verdict, by_arm: dict[str, list[_Worker]], metric: Metric) -> bool:
+    """Whether the gate told the control from the reference, over the steps that both ran."""
+    if control.word == "not trained":
+        return all(
+            has_trained(r.steps[: len(c.steps)]) for r, c in zip(by_arm[REFERENCE], by_arm[CONTROL], strict=True)
+        )
+    single = control.word == "not tested" and abs(control.difference) > metric.margin
+    return control.word == "worse" or single
+
+
 def _judge(mine: Sequence[_Worker], reference: Sequence[_Worker], metric: Metric) -> Verdict:
     """The gate: paired differences at the last evaluation that both have."""
     last = min(len(mine[0].evaluations), len(reference[0].evaluations)) - 1
+    if not all(math.isfinite(r.evaluations[last].value) and has_trained(r.steps) for r in reference):
+        return Verdict("no reference", math.nan, (math.nan, math.nan))
     differences = [m.evaluations[last].value - r.evaluations[last].value for m, r in zip(mine, reference, strict=True)]
     verdict = judge_equivalence(differences, metric.margin, higher_is_better=metric.higher_is_better)
     return verdict if all(has_trained(w.steps) for w in mine) else replace(verdict, word="not trained")
@@ -457,7 +471,7 @@ def compare(
         steps=settings.steps, machine=name_machine(), torch_version=torch.__version__, threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), seconds=time.perf_counter() - begin,
         command="", arms=results, control=f"{control.word}, {control.difference:+.3g} {metric.unit}",
-        gate_works=control.word in ("worse", "not trained") or (seeds == 1 and abs(control.difference) > metric.margin),
+        gate_works=_rejects(control, by_arm, metric),
         speedup=next((r.speedup for r in results if r.name == "halfstep"), {}),
         memory_ratio=next((r.memory_ratio for r in results if r.name == "halfstep"), {}),
     )  # fmt: skip

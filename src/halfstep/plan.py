@@ -123,7 +123,9 @@ class Resolution:
         """Raises PlanError, naming the nearest path, when a rule is dead."""
         if self.dead:
             rule = self.dead[0]
-            raise PlanError(f"rule '{rule}' matches no module: {describe_unknown('path', rule.path, self.table)}")
+            raise PlanError(
+                f"rule '{rule}' matches no module: {describe_unknown('path', rule.path, [p for p in self.table if p])}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

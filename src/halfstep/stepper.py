@@ -69,8 +69,9 @@ class Stepper:
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
         self._incoming: dict[str, Any] = {}  # optimizer state on its way in
         self.conversion = convert(model, PRESETS["32-true"])
-        optimizer.register_load_state_dict_pre_hook(self._before_load)
-        optimizer.register_load_state_dict_post_hook(self._after_load)
+        self._hooks = ExitStack()
+        self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
+        self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
 
     @property
     def plan(self) -> Plan:
@@ -240,9 +241,12 @@ class Stepper:
                 )
 
     def restore(self) -> nn.Module:
-        """Undo the conversion and give the model back in fp32."""
+        """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""
         self._stop_waiting()
+        self._hooks.close()
         self.conversion.undo()
+        self.conversion = convert(self.model, PRESETS["32-true"])
+        self._match_states()
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,6 +264,7 @@ class Stepper:
 
         Raises PlanError when the state was saved inside an accumulation window, whose gradients it does not hold.
         """
+        self._clear_window()
         if state["micro"]:
             raise PlanError("the state was saved in the middle of an accumulation window; save after an applied step")
         if state["plan"] is not None and state["plan"] != str(self.plan):

@@ -42,6 +42,7 @@ class TrainSettings:
     batch_size: Count = 16
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 1e-3
+    eps: Positive = 1e-8  # adam, adamw
     momentum: Share = 0.9  # sgd
     weight_decay: NotNegative = 0.0
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
@@ -100,7 +101,7 @@ def build_optimizer(model: nn.Module, settings: TrainSettings, *, fused: bool) -
         nesterov = settings.momentum > 0
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=choose)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.lr, fused=choose)
+    return kind(groups, lr=settings.lr, eps=settings.eps, fused=choose)
 
 
 def build_schedule(optimizer: Optimizer, settings: TrainSettings) -> LambdaLR:
@@ -198,7 +199,9 @@ class Run:
     def begin(self, head: Record) -> None:
         """Start a fresh record. Raises RecordError when the folder cannot be written or holds a run already."""
         if self.record.exists():
-            raise RecordError(f"{self.folder} holds a run already; give --resume to go on with it, or another --out")
+            raise RecordError(
+                f"{self.folder} holds a run already; give --resume to go on with it, another --out, or delete the folder"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.record.open("w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""From measured costs to a plan: for every layer the format in which it is fastest, if that is worth it.
+"""From measured costs to a plan: for every layer fp32 or the 16-bit format that serves the model best.
 
 A layer leaves fp32 only where 16 bits were timed to be faster with the casts counted, and by more than timing noise.
-Everything between the layers follows the majority: where no layer leaves fp32, the plan is plain fp32.
+Everything between the layers follows the 16-bit format: where no layer leaves fp32, the plan is plain fp32.
 """
 
 from collections.abc import Sequence
@@ -33,38 +33,38 @@ def choose_formats(costs: Sequence[LayerCost], *, master: str = "split") -> Plan
         >>> choose_formats([cost]).rules[0].compute
         'bf16'
     """
-    rules, chosen = [], set()
-    for cost in costs:
-        best = min(cost.products, key=cost.total)
-        gain = cost.total("fp32") / cost.total(best)
-        if gain < NOISE:
-            best = "fp32"
-        chosen.add(best)
-        rules.append(_rule(cost, best, gain, master))
-    wide = chosen <= {"fp32"}
-    if wide:
+    narrow = _choose_narrow(costs)
+    rules = [_rule(cost, narrow, master) for cost in costs]
+    if all(rule.compute == "fp32" for rule in rules):
         return Plan(rules=(*rules, Rule(compute="fp32", why="no layer gains from 16 bits")), name="auto")
-    most = max(
-        chosen - {"fp32"},
-        key=lambda f: sum(c.products["fp32"] for c, r in zip(costs, rules, strict=True) if r.compute == f),
-    )
-    rest = Rule(compute=most, cast="op", why="operations between the layers follow them")
-    embeddings = Rule(
-        kind="embedding", compute=most, storage=most, master=_master(most, master), why="feeds 16-bit layers"
-    )
-    return Plan(rules=(*rules, embeddings, rest), loss_scale="dynamic" if "fp16" in chosen else "none", name="auto")
+    kept = _master(narrow, master)
+    rest = Rule(compute=narrow, cast="op", why="operations between the layers follow them")
+    embeddings = Rule(kind="embedding", compute=narrow, storage=narrow, master=kept, why="feeds 16-bit layers")
+    return Plan(rules=(*rules, embeddings, rest), loss_scale="dynamic" if narrow == "fp16" else "none", name="auto")
+
+
+def _choose_narrow(costs: Sequence[LayerCost]) -> str:
+    """The one 16-bit format that serves the whole model best; bf16 unless another one is clearly faster, since it needs no
+    loss scale and has an exact master in no more memory."""
+    formats = {f for cost in costs for f in cost.products} - {"fp32"}
+    times = {f: sum(min(c.total("fp32"), c.total(f)) for c in costs if f in c.products) for f in sorted(formats)}
+    if not times:
+        return "fp32"
+    best = min(times, key=times.__getitem__)
+    return "bf16" if "bf16" in times and times["bf16"] < NOISE * times[best] else best
 
 
 def _master(format: str, master: str) -> str:
     return "fp32" if format == "fp16" else master
 
 
-def _rule(cost: LayerCost, format: str, gain: float, master: str) -> Rule:
-    shape = "x".join(map(str, cost.shape))
-    others = [f for f in cost.products if f != "fp32"]
-    if format == "fp32":
-        timed = ", ".join(f"{f} {cost.total(f):.3g} ms" for f in others) or "no 16-bit format is fast here"
-        return Rule(path=cost.path, compute="fp32", storage="fp32", master="none",
-                    why=f"{shape}: fp32 {cost.total('fp32'):.3g} ms, {timed} with casts: no gain")  # fmt: skip
-    why = f"{shape}: {format} {cost.total(format):.3g} ms with casts, fp32 {cost.total('fp32'):.3g} ms: {gain:.1f}x"
-    return Rule(path=cost.path, compute=format, storage=format, master=_master(format, master), why=why)
+def _rule(cost: LayerCost, narrow: str, master: str) -> Rule:
+    shape, fp32 = "x".join(map(str, cost.shape)), cost.total("fp32")
+    if narrow not in cost.products or fp32 < NOISE * cost.total(narrow):
+        timed = [f"{f} {cost.total(f):.3g} ms" for f in cost.products if f != "fp32"]
+        others = ", ".join(timed) or "no 16-bit format is fast here"
+        why = f"{shape}: fp32 {fp32:.3g} ms, {others} with casts: no gain"
+        return Rule(path=cost.path, compute="fp32", storage="fp32", master="none", why=why)
+    ms = cost.total(narrow)
+    why = f"{shape}: {narrow} {ms:.3g} ms with casts, fp32 {fp32:.3g} ms: {fp32 / ms:.1f}x"
+    return Rule(path=cost.path, compute=narrow, storage=narrow, master=_master(narrow, master), why=why)

@@ -1,7 +1,7 @@
 """Choose a plan for this model on this machine: measure, search, and try the result on the whole model.
 
     observe   one forward pass: which products the model makes, in which shapes
-    time      each distinct shape once in fp32 and in every 16-bit format that the machine's profile calls native
+    time      each distinct shape once in fp32 and in every 16-bit format that was as fast as fp32 at some shape
     search    control/search: per layer, fp32 or the fastest format with its casts counted
     try       forward and backward of the whole model on half the batch, fp32 against the found plan in turns: the plan
               must win. Half, so that a model which fits into memory only in 16 bits can be tried in fp32 at all
@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from halfstep.control.monitor import LayerShape, observe_shapes
 from halfstep.control.search import NOISE, LayerCost, choose_formats
 from halfstep.conversion import convert
-from halfstep.machine.hardware import DTYPES, Stopwatch, time_products
+from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
 from halfstep.machine.runtime import release_memory
 from halfstep.plan import Plan, Rule
-from halfstep.records import HardwareProfile
+from halfstep.records import Capability, HardwareProfile
 
 CANDIDATES = ("bf16", "fp16")
 TRIALS = 5
@@ -55,7 +55,8 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+            if name in buffers and buffers[name].shape == buffer.shape:  # a model may make buffers as it runs
+                buffer.copy_(buffers[name])
         for parameter, gradient in gradients.items():
             parameter.grad = None
             parameter.grad = gradient
@@ -124,7 +125,7 @@ def choose_plan(
         'fp32'
     """
     start, kwargs = time.perf_counter(), kwargs or {}
-    fast = [f for f in CANDIDATES if (c := profile.find_capability(f)) is not None and c.status == "native"]
+    fast = [f for f in CANDIDATES if _is_fast_somewhere(profile.find_capability(f))]
     if not fast:
         reasons = "; ".join(f"{c.format}: {c.why}" for c in profile.capabilities if c.format in CANDIDATES)
         why = f"no 16-bit format is faster than fp32 on this machine ({reasons})"
@@ -139,6 +140,13 @@ def choose_plan(
         plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
+
+
+def _is_fast_somewhere(capability: Capability | None) -> bool:
+    """Whether timing a format at the model's shapes is worth it: "slower" is a mean, the model's shapes may be the others."""
+    if capability is None or capability.status not in ("native", "slower"):
+        return False
+    return capability.ratio_best is not None and capability.ratio_best >= EQUAL
 
 
 def _follow_ties(model: nn.Module, plan: Plan) -> Plan:

@@ -48,6 +48,9 @@ CONVS = ((16, 16, 32, 32, 32, 3, 1, 1), (32, 64, 64, 32, 32, 3, 1, 1), (32, 256,
 EQUAL = 0.97  # a ratio from here on counts as "not slower": medians repeat to about 3 %
 
 
+BUSY = 0.5  # load a core, from which on timings are not to be trusted
+
+
 class Stopwatch:
     """Time of a call in milliseconds: warmed up, then the fastest of 3 to 50 repetitions, as `seconds` allow.
 
@@ -323,7 +326,7 @@ def _time_dispatch(watch: Stopwatch) -> Measurement:
     )
 
 
-def probe_hardware(device: str = "cpu", *, quick: bool = False, threads: int | None = None) -> HardwareProfile:
+def probe_hardware(device: str = "cpu", *, quick: bool = False) -> HardwareProfile:
     """Time this machine and judge every format.
 
     Takes about 20 seconds on two cores, 3 with `quick` (fewer shapes, no convolutions, no memory).
@@ -367,7 +370,7 @@ def probe_hardware(device: str = "cpu", *, quick: bool = False, threads: int | N
         machine=name_machine(device),
         unit=unit,
         torch_version=torch.__version__,
-        threads=threads or torch.get_num_threads(),
+        threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         load=load,
         capabilities=tuple(judge_format(f, measured, units, failures.get(f, "")) for f in FORMATS),
@@ -422,6 +425,8 @@ def get_profile(device: str = "cpu") -> HardwareProfile:
     profile = load_profile(path)
     if profile is None:
         profile = probe_hardware(device, quick=True)
+        if profile.load > BUSY:
+            return profile  # not worth keeping
         with contextlib.suppress(RecordError):  # a profile that cannot be kept costs the next run three seconds
             save_profile(profile, path)
     return profile

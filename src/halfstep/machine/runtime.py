@@ -48,11 +48,10 @@ def tune_process(
         raise ModelError(f"threads must be at least 1; got {threads}")
     settings: dict[str, str] = {}
     with ExitStack() as restore:
-        if allocator and _mallopt(_KEEP_BLOCKS):
+        if allocator:
             restore.callback(_mallopt, _GLIBC_DEFAULTS)
-            settings["allocator"] = "glibc keeps freed blocks"
-        elif allocator:
-            settings["allocator"] = "untouched: the C library is not glibc"
+            kept = _mallopt(_KEEP_BLOCKS)
+            settings["allocator"] = "glibc keeps freed blocks" if kept else "untouched: the C library does not take it"
         if threads is not None:
             restore.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)

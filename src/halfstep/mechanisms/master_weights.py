@@ -98,6 +98,7 @@ class _Truth:
     dtype: torch.dtype
     live: Tensor
     kept: Tensor  # split: int16 remainder; fp32: the fp32 value
+    version: int = 0  # of the parameter when `live` last became its data
 
     @staticmethod
     def of(weight: Tensor, kind: str, dtype: torch.dtype) -> "_Truth":
@@ -118,6 +119,12 @@ class _Truth:
         else:
             self.kept = weight
             self.live.copy_(weight)
+
+
+def _show(parameter: nn.Parameter, truth: _Truth) -> None:
+    """Let the model see the live weight."""
+    parameter.data = truth.live
+    truth.version = parameter._version
 
 
 class MasterWeights:
@@ -153,23 +160,34 @@ class MasterWeights:
             return
         truth = _Truth.of(parameter.data, kind, dtype)
         self._truths[parameter] = truth
-        parameter.data = truth.live
+        _show(parameter, truth)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The parameter in fp32: its truth where one is kept, else the live weight converted."""
-        truth = self._truths.get(parameter)
+        truth = self._find_truth(parameter)
         return truth.read().clone() if truth else parameter.detach().to(torch.float32)
+
+    def _find_truth(self, parameter: nn.Parameter) -> _Truth | None:
+        """A parameter's truth. Where somebody has changed the live weight in place (clamped, pruned, initialised again),
+        what they wrote is the truth from now on."""
+        truth = self._truths.get(parameter)
+        if truth and (truth.version != parameter._version or truth.live.data_ptr() != parameter.data_ptr()):
+            truth.write(parameter.data.to(torch.float32, copy=True))
+            _show(parameter, truth)
+        return truth
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the parameter from an fp32 tensor, truth and live weight."""
         if parameter in self._truths:
             self._truths[parameter].write(value.detach().to(parameter.device, torch.float32).clone())
+            _show(parameter, self._truths[parameter])
         else:
             parameter.data.copy_(value)
 
     def widen(self, parameter: nn.Parameter) -> None:
         """Give a parameter back its fp32 truth for good."""
-        truth = self._truths.pop(parameter, None)
+        truth = self._find_truth(parameter)
+        self._truths.pop(parameter, None)
         parameter.grad = None
         parameter.data = truth.read() if truth else parameter.data.to(torch.float32)
 
@@ -183,7 +201,7 @@ class MasterWeights:
         for chunk in self._chunks(optimizer, gradients):
             for parameter in chunk:
                 gradient = gradients.pop(parameter)
-                truth = self._truths.get(parameter)
+                truth = self._find_truth(parameter)
                 if truth:
                     parameter.data = truth.read()
                     match_states(optimizer, parameter, torch.float32)
@@ -198,20 +216,21 @@ class MasterWeights:
                     parameter.grad = None
                     if parameter in self._truths:
                         self._truths[parameter].write(parameter.data)
-                        parameter.data = self._truths[parameter].live
+                        _show(parameter, self._truths[parameter])
 
     @contextmanager
     def widened(self) -> Iterator[None]:
         """All parameters at their fp32 truth inside the block, for work that must see fp32 dtypes."""
-        for parameter, truth in self._truths.items():
+        for parameter in self._truths:
+            truth = self._find_truth(parameter)
             parameter.grad = None
-            parameter.data = truth.read()
+            parameter.data = truth.read() if truth else parameter.data
         try:
             yield
         finally:
             for parameter, truth in self._truths.items():
                 truth.write(parameter.data)
-                parameter.data = truth.live
+                _show(parameter, truth)
 
     def _chunks(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Parameters that are already wide in the first chunk, the others in chunks of about CHUNK numbers."""

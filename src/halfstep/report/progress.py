@@ -64,7 +64,15 @@ def follow_run(
 
 @contextmanager
 def follow_comparison(total: int, console: Console) -> Iterator[Callable[[int, str, Record], None]]:
-    """Yields what `comparison.compare` calls with every record of every arm."""
+    """Yields what `comparison.compare` calls with every record of every arm: a bar, or lines where there is no terminal."""
+    if not console.is_terminal:
+
+        def tell(seed: int, arm: str, record: Record) -> None:
+            if isinstance(record, EvaluationRecord):
+                console.print(f"seed {seed}, {arm}, step {record.step}: {record.metric} {record.value:.4f}")
+
+        yield tell
+        return
     with _make_bar(console) as bar:
         line = bar.add_task("comparing", total=total, note="")
 

@@ -7,13 +7,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from halfstep.machine.hardware import BUSY
 from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, LayerRecord, Measurement, PlanRecord
 
-BUSY = 0.5  # load a core, from which on timings are not to be trusted
 _COLOURS = {
     "native": "green", "emulated": "yellow", "slower": "red", "unsupported": "dim",
     "equivalent": "green", "reference": "default", "better": "green", "worse": "red", "inconclusive": "yellow",
-    "not trained": "red", "not tested": "yellow",
+    "not trained": "red", "no reference": "red", "not tested": "yellow",
 }  # fmt: skip
 
 
@@ -81,12 +81,16 @@ def show_rates(measured: Iterable[Measurement], title: str) -> Table:
 def show_plan(plan: PlanRecord) -> RenderableType:
     """What a plan came to, layer by layer, then the reasons; layers that got the same for the same reason share a row."""
     table = _table("module", "kind", "compute", "weights", ">parameters", title="Plan")
-    reasons = []
+    reasons: dict[str, str] = {}
     for row in group_layers(plan.layers):
         table.add_row(row.path, row.kind, row.compute, describe_storage(row), f"{row.parameters:,}")
-        if row.why:
-            reasons.append(Text(f"{row.path}: {row.why}"))
-    return Group(table, *reasons, *([Text(f"the model: {plan.why}")] if plan.why else []))
+        if row.why and row.why != plan.why:
+            reasons.setdefault(row.why, row.path)
+    return Group(
+        table,
+        *(Text(f"{path}: {why}") for why, path in reasons.items()),
+        *([Text(f"the model: {plan.why}")] if plan.why else []),
+    )
 
 
 def describe_storage(layer: LayerRecord) -> str:
@@ -112,7 +116,8 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
     """One row an arm, what halfstep gained over each, what the gate said of its control, and a sentence to quote."""
     c = comparison
     direction = "higher" if c.higher_is_better else "lower"
-    title = f"{c.recipe_name}: {c.seeds} seeds, {c.steps} steps; ms a step, MB at peak, training time to target"
+    seeds = "1 seed" if c.seeds == 1 else f"{c.seeds} seeds"
+    title = f"{c.recipe_name}: {seeds}, {c.steps} steps; ms a step, MB at peak, training time to target"
     table = _table("arm", f">{c.metric}", "verdict", ">ms", ">MB", ">skips", ">target", title=title)
     against = _table("arm", f">{c.metric} minus fp32's", ">90 % interval", title="Difference to fp32")
     gains = _table("halfstep against", ">speed", ">memory", title="Gain")
@@ -126,9 +131,16 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
         gains.add_row(rival, f"{ratio:.2f} x", f"{c.memory_ratio[rival]:.2f} x")
     target = f"{c.metric}: {direction} is better; equal within {c.margin:g} {c.unit}; target {c.target:.4g}"
     works = "works" if c.gate_works else "FAILED: verdicts mean nothing"
-    gate = f"control (must be rejected): {c.control}; the gate {works}"
+    gate = f"control, trained so that it must be rejected: {c.control}; the gate {works}"
+    plans = [Text(f"{a.name} chose: {a.plan.why}") for a in c.arms if a.plan and a.plan.why]
     return Group(
-        table, against, *([gains] if c.speedup else []), Text(target), Text(gate), Text(conclude(c), style="bold")
+        table,
+        against,
+        *([gains] if c.speedup else []),
+        *plans,
+        Text(target),
+        Text(gate),
+        Text(conclude(c), style="bold"),
     )
 
 
@@ -138,7 +150,7 @@ def describe_arm(arm: ArmResult) -> dict[str, str]:
     return {
         "metric": f"{arm.metric_mean:.3f} ± {arm.metric_sd:.3f}",
         "difference": f"{arm.difference:+.4f}",
-        "interval": f"{low:+.4f} .. {high:+.4f}",
+        "interval": f"{low:+.4f} .. {high:+.4f}" if arm.verdict != "not tested" else "-",
         "ms": f"{arm.step_ms:.4g}",
         "speed": f"{arm.speedup.get('fp32', 1.0):.2f}",
         "peak": f"{arm.peak_memory_bytes / 2**20:.0f}",
