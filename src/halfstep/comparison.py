@@ -396,11 +396,13 @@ def _rejects(control: Verdict, by_arm: dict[str, list[_Worker]], metric: Metric)
 def _judge(mine: Sequence[_Worker], reference: Sequence[_Worker], metric: Metric) -> Verdict:
     """The gate: paired differences at the last evaluation that both have."""
     last = min(len(mine[0].evaluations), len(reference[0].evaluations)) - 1
-    if not all(math.isfinite(r.evaluations[last].value) and has_trained(r.steps) for r in reference):
-        return Verdict("no reference", math.nan, (math.nan, math.nan))
     differences = [m.evaluations[last].value - r.evaluations[last].value for m, r in zip(mine, reference, strict=True)]
     verdict = judge_equivalence(differences, metric.margin, higher_is_better=metric.higher_is_better)
-    return verdict if all(has_trained(w.steps) for w in mine) else replace(verdict, word="not trained")
+    if not all(has_trained(w.steps) for w in mine):
+        return replace(verdict, word="not trained")
+    if not all(math.isfinite(r.evaluations[last].value) and has_trained(r.steps) for r in reference):
+        return Verdict("no reference", math.nan, (math.nan, math.nan))
+    return verdict
 
 
 def summarise(name: str, by_arm: dict[str, list[_Worker]], metric: Metric, target: float) -> ArmResult:
