@@ -28,14 +28,17 @@ SPINE = [
     "numerics.formats",
     "plan",
     "control.search",
+    "control.controller",
     "machine.hardware",
     "machine.runtime",
     "mechanisms.layers",
+    "mechanisms.gradients",
     "mechanisms.loss_scale",
     "mechanisms.master_weights",
     "control.monitor",
     "conversion",
     "control.sensitivity",
+    "snapshot",
     "stepper",
     "checkpoint",
     "training",
@@ -44,7 +47,7 @@ SPINE = [
     "report",
     "cli",
 ]
-PURE = ["errors", "records", "numerics.formats", "plan", "control.search"]
+PURE = ["errors", "records", "numerics.formats", "plan", "control.search", "control.controller"]
 OPTIONAL = {"sklearn", "pyarrow", "PIL", "datasets", "torchvision", "tensorboard"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the two names differ by more than a dash
 PROCESS_SWITCHES = re.compile(

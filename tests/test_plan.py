@@ -46,7 +46,13 @@ RULES = st.builds(
     cast=maybe(*CASTS),
     why=ODD,
 )
-PLANS = st.builds(Plan, rules=st.lists(RULES, max_size=4).map(tuple), loss_scale=st.sampled_from(LOSS_SCALES), name=ODD)
+PLANS = st.builds(
+    Plan,
+    rules=st.lists(RULES, max_size=4).map(tuple),
+    loss_scale=st.sampled_from(LOSS_SCALES),
+    recovery=st.sampled_from(RECOVERIES),
+    name=ODD,
+)
 
 FULL = Plan(
     rules=(
@@ -308,7 +314,10 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         ("path=a cast=ops", "unknown cast 'ops'; did you mean 'op'? Allowed: op, unit"),
         ("loss_scale=dynamc", "unknown loss_scale 'dynamc'; did you mean 'dynamic'? Allowed: dynamic, none"),
         ("path=a computee=bf16", "unknown key in a rule 'computee'; did you mean 'compute'? Allowed: cast, compute, "),
-        ("name=x nme=y", "unknown key in a plan 'nme'; did you mean 'name'? Allowed: loss_scale, name, rule, schema"),
+        (
+            "name=x nme=y",
+            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: loss_scale, name, recovery, rule, schema",
+        ),
         ("path=a path=b", "line 1 of the plan is 'path=a path=b'; write key=value words, each key once"),
         ("path=a\npath=b bf16", "line 2 of the plan is 'path=b bf16'; write key=value words, each key once"),
         ("path=a\npath='b", "line 2 of the plan cannot be read: No closing quotation"),
@@ -336,7 +345,10 @@ def test_unknown_preset_names_the_nearest() -> None:
     ("values", "message"),
     [
         ({"schema": 2}, "the plan has schema 2; this version reads schema 1"),
-        ({"rules": []}, "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: loss_scale, name, rule, schema"),
+        (
+            {"rules": []},
+            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: loss_scale, name, recovery, rule, schema",
+        ),
         ({"name": 3}, "plan key 'name' takes a string; got 3"),
         ({"loss_scale": True}, "plan key 'loss_scale' takes a string; got True"),
         ({"rule": {"path": "a"}}, "'rule' takes a list of tables; write [[rule]]"),

@@ -1,7 +1,9 @@
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +336,8 @@ def test_skip_names_cause_and_guilty_tensors_in_the_order_of_the_model(mode: str
     outcome = train(stepper, make_regression_batches(1))[0]
     assert outcome.skipped
     assert outcome.tensors == ("0.weight", "2.bias", "4.bias")
-    assert "3 gradients are not finite, the first is 0.weight" in outcome.cause
+    assert "3 gradients are not finite, the first on the way back is 4.bias" in outcome.cause
+    assert (outcome.layer, outcome.forward_nonfinite) == ("4", False)
     dynamic = mode == "16-mixed"
     assert (outcome.scale_before, outcome.scale_after) == ((65536.0, 32768.0) if dynamic else (1.0, 1.0))
     assert (outcome.step, stepper.skipped) == (0, 1)
@@ -411,7 +414,8 @@ def test_nan_in_one_micro_batch_skips_the_window_and_the_next_one_is_applied(mod
     batches[bad] = (batches[bad][0].clone().fill_(math.nan), batches[bad][1])
     outcomes = train(stepper, batches[:3])
     assert [outcome.status for outcome in outcomes] == ["accumulated", "accumulated", "skipped"]
-    assert outcomes[-1].cause == "the loss is nan"
+    assert outcomes[-1].cause == "the loss is nan: so is the input"
+    assert outcomes[-1].forward_nonfinite
     assert outcomes[-1].tensors == tuple(name for name, _ in model.named_parameters())
     assert_same(copy_weights(model), before)
     last = train(stepper, batches[3:])[-1]
@@ -483,6 +487,7 @@ def test_scale_grows_after_an_interval_of_clean_steps(monkeypatch: pytest.Monkey
 def test_scale_after_200_overflows_is_above_zero_and_the_next_healthy_step_is_applied() -> None:
     model = make_mlp()
     stepper = prepare(model, make_adamw(model), "16-mixed")
+    stepper.recovery_rule = replace(stepper.recovery_rule, limit=201)
     before = copy_weights(model)
     handle = poison(model[0].weight, math.inf)
     outcomes = train(stepper, make_regression_batches(200))
@@ -628,6 +633,8 @@ def test_auto_is_fp32_until_a_training_batch_is_seen() -> None:
     assert stepper.state_dict()["plan"] is None
     assert train(stepper, make_regression_batches(1))[0].applied
     assert stepper.state_dict()["plan"] is not None
+    assert stepper._waiting is None
+    stepper.restore()
     assert not has_hooks(model)
 
 
@@ -718,7 +725,7 @@ def test_adopting_a_plan_ends_the_wait_of_auto() -> None:
     assert stepper.plan.name == "bf16-mixed"
     assert stepper.plan_record is not None
     assert stepper.plan_record.why == "asked for"
-    assert not has_hooks(model)
+    assert stepper._waiting is None
 
 
 # --- state
@@ -728,19 +735,22 @@ def test_state_round_trip_with_every_field_away_from_its_default() -> None:
     model = make_mlp()
     stepper = prepare(model, make_adamw(model), "16-mixed")
     fresh = stepper.state_dict()
-    state = {
+    state: dict[str, Any] = {
         "plan": str(
             Plan.parse(
                 f"name=mine loss_scale=dynamic\npath='re:[0-3]' compute=fp32 storage=fp32 master=none why='by hand'\n{SPLIT}"
             )
         ),
         "loss_scale": {"scale": 8.0, "clean": 7, "overflows": 2},
+        "recovery": {"skips": 3, "failures": 2, "clean": 4, "rate": 0.25, "actions": 1},
         "applied": 5,
         "skipped": 3,
         "micro": 0,
+        "window": None,
     }
     assert state.keys() == fresh.keys()
-    assert all(state[key] != fresh[key] for key in ("plan", "loss_scale", "applied", "skipped"))
+    assert state["recovery"].keys() == fresh["recovery"].keys()
+    assert all(state[key] != fresh[key] for key in ("plan", "loss_scale", "recovery", "applied", "skipped"))
     stepper.load_state_dict(state)
     assert stepper.state_dict() == state
     assert (stepper.scale, stepper.applied, stepper.skipped) == (8.0, 5, 3)
@@ -756,14 +766,51 @@ def test_state_of_a_waiting_auto_waits_again() -> None:
     assert stepper.plan.name == "auto"
 
 
-def test_state_that_was_saved_inside_a_window_is_refused() -> None:
+def test_state_that_was_saved_inside_a_window_without_its_gradients_is_refused() -> None:
     model = make_mlp()
     stepper = prepare(model, make_adamw(model), "32-true", accumulate=2)
     train(stepper, make_regression_batches(1))
-    state = stepper.state_dict()
+    state = stepper.state_dict() | {"window": None}
     assert state["micro"] == 1
-    with pytest.raises(PlanError, match="middle of an accumulation window"):
+    with pytest.raises(PlanError, match="after 1 micro-batches of a window, and without their gradients"):
         stepper.load_state_dict(state)
+
+
+def test_state_of_a_longer_window_is_refused() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "32-true", accumulate=3)
+    train(stepper, make_regression_batches(2))
+    state = stepper.state_dict()
+    shorter_model = make_mlp()
+    shorter = prepare(shorter_model, make_adamw(shorter_model), "32-true", accumulate=2)
+    with pytest.raises(PlanError, match="this stepper has accumulate=2"):
+        shorter.load_state_dict(state)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT, "bf16-true"])
+@pytest.mark.parametrize("bad", [None, 1])
+def test_resuming_in_the_middle_of_a_window_goes_on_bit_for_bit(mode: str, bad: int | None) -> None:
+    batches = make_regression_batches(8)
+    if bad is not None:
+        batches[bad] = (batches[bad][0] * math.inf, batches[bad][1])
+    models = [make_cnn(), make_cnn()]
+    images = [
+        (torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) + x.sum(), y[:4])
+        for i, (x, y) in enumerate(batches)
+    ]
+    straight = prepare(models[0], make_adamw(models[0]), mode, accumulate=4)
+    expected = train(straight, images)
+    first = prepare(models[1], make_adamw(models[1]), mode, accumulate=4)
+    train(first, images[:3])
+    state, weights, moments = first.state_dict(), copy_weights(models[1]), copy.deepcopy(first.optimizer.state_dict())
+    fresh = make_cnn(seed=1)
+    second = prepare(fresh, make_adamw(fresh), mode, accumulate=4)
+    second.load_state_dict(copy.deepcopy(state))
+    fresh.load_state_dict(weights)
+    second.optimizer.load_state_dict(moments)
+    assert train(second, images[3:])[-1].status == expected[-1].status
+    assert_same(copy_weights(fresh), copy_weights(models[0]))
+    assert second.skipped == straight.skipped == (0 if bad is None else 1)
 
 
 @pytest.mark.parametrize("mode", [SPLIT, FP32_MASTER, FP16_MASTER])

@@ -39,6 +39,8 @@ KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
 MASTERS = ("fp32", "split", "none")
 CASTS = ("op", "unit")
 LOSS_SCALES = ("none", "dynamic")
+HEAD = ("name", "loss_scale", "recovery")  # keys of the plan itself
+RECOVERIES = ("skip", "back-off", "roll-back", "widen", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class Resolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Ordered rules, and how the loss is scaled.
+    """Ordered rules, how the loss is scaled, and what is done about steps that fail (`control.controller` says how).
 
     Examples:
         >>> plan = Plan.preset("bf16-mixed")
@@ -140,11 +142,13 @@ class Plan:
 
     rules: tuple[Rule, ...] = ()
     loss_scale: str = "none"
+    recovery: str = "skip"
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.loss_scale not in LOSS_SCALES:
-            raise PlanError(describe_unknown("loss_scale", self.loss_scale, LOSS_SCALES))
+        for key, allowed in (("loss_scale", LOSS_SCALES), ("recovery", RECOVERIES)):
+            if getattr(self, key) not in allowed:
+                raise PlanError(describe_unknown(key, getattr(self, key), allowed))
 
     @staticmethod
     def preset(name: str) -> "Plan":
@@ -179,7 +183,7 @@ class Plan:
                 raise PlanError(
                     f"line {number} of the plan is '{' '.join(words)}'; write key=value words, each key once"
                 )
-            if {"name", "loss_scale"} & set(pairs):
+            if set(HEAD) & set(pairs):
                 head |= pairs
             else:
                 rules.append(_rule_from(pairs))
@@ -188,13 +192,15 @@ class Plan:
     def __str__(self) -> str:
         """The text form: a line for the plan, then a line a rule."""
         head = f"name={shlex.quote(self.name)} loss_scale={self.loss_scale}"
+        head += f" recovery={self.recovery}" * (self.recovery != "skip")
         return "\n".join([head, *map(str, self.rules)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in TOML and JSON; settings that are not stated are left out."""
         rules = [{key: value for key, value in asdict(rule).items() if value not in (None, "")} for rule in self.rules]
         rules = [{"path": rule.path} | stated for rule, stated in zip(self.rules, rules, strict=True)]
-        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, "rule": rules}
+        recovery = {"recovery": self.recovery} if self.recovery != "skip" else {}
+        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, **recovery, "rule": rules}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Plan":
@@ -291,8 +297,8 @@ def _plan_from(values: Mapping[str, Any]) -> Plan:
     values = dict(values)
     rules = values.pop("rule", [])
     for key, value in values.items():
-        if key not in ("name", "loss_scale"):
-            raise PlanError(describe_unknown("key in a plan", key, ["schema", "name", "loss_scale", "rule"]))
+        if key not in HEAD:
+            raise PlanError(describe_unknown("key in a plan", key, ["schema", *HEAD, "rule"]))
         if not isinstance(value, str):
             raise PlanError(f"plan key '{key}' takes a string; got {value!r}")
     if not isinstance(rules, list):

@@ -89,6 +89,9 @@ class StepOutcome(Record):
     cause: str = ""  # why a step was skipped; empty otherwise
     tensors: tuple[str, ...] = ()  # parameters whose gradient was not finite, in the model's order
     gradient_norm: float | None = None  # 2-norm over all gradients after unscaling, before clipping
+    layer: str = ""  # the first layer whose numbers were not finite: in the forward pass, else in the backward pass
+    forward_nonfinite: bool = False  # whether the loss already was not finite
+    recovery: str = ""  # what the plan's recovery policy did about it, and why
 
     @property
     def applied(self) -> bool:

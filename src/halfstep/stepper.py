@@ -1,37 +1,70 @@
 """The state machine of one training step.
 
-    backward of loss * scale / accumulate                   every call
-    sum the micro-batches                                    until `accumulate` of them are in
-    norm of all gradients / scale                            one pass; not finite -> skip, name the tensors, scale down
-    clip, unscale and update in one factor                   chunk by chunk on the fp32 truth
-    schedulers, scale up                                     only when the weights moved
+    forward          note the batch and the buffers, so that a step that fails can be explained and leaves no trace
+    backward         of loss * scale / accumulate; sum the micro-batches until `accumulate` of them are in
+    check            one reduction over gradients and losses
+    not finite       name the guilty, put the buffers back, lower the scale, ask the recovery policy
+    finite           clip, unscale and update in one factor, chunk by chunk on the fp32 truth; then the schedulers
 
-Every call returns a StepOutcome: applied, skipped or accumulated, and why.
+Every call returns a StepOutcome: applied, skipped or accumulated, and why. A skipped step changes nothing but the loss
+scale and the counters of skips: weights, optimizer states, buffers, schedules and averages are as before it.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
+from halfstep.control.controller import Decision, Observation, Recovery, RecoveryRule, decide
+from halfstep.control.monitor import find_first_nonfinite
 from halfstep.control.sensitivity import choose_plan
 from halfstep.conversion import Conversion, convert, draft_conversion
-from halfstep.errors import ModelError, PlanError, UnsupportedError
+from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError, UnsupportedError
 from halfstep.machine.hardware import get_profile
+from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.mechanisms.master_weights import match_states
 from halfstep.numerics.formats import find_format
-from halfstep.plan import PRESETS, Plan
+from halfstep.plan import PRESETS, Plan, Rule
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
+from halfstep.snapshot import Snapshot, copy_buffers, put_back_buffers
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Window:
+    """What has come in since the last update."""
+
+    micro: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    inputs: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # micro-batch -> arguments of the model
+    sums: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # fp32 sums of 16-bit gradients
+    buffers: dict[Tensor, Tensor] | None = None  # as they were before the window
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """What the check of a window found."""
+
+    norm: float
+    cause: str = ""
+    tensors: tuple[str, ...] = ()
+    layer: str = ""
+    forward_nonfinite: bool = False
+    nonfinite: bool = False
+
+
+class _NotFiniteError(Exception):
+    """Leaves an optimizer that is in the middle of evaluating a closure."""
 
 
 class Stepper:
@@ -47,31 +80,42 @@ class Stepper:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: tuple[Optimizer, ...],
         *,
         accumulate: int,
         clip: float | None,
         schedulers: tuple[LRScheduler, ...],
+        averages: tuple[AveragedModel, ...],
         profile: HardwareProfile | None,
     ) -> None:
-        self.model, self.optimizer, self.schedulers = model, optimizer, schedulers
+        self.model, self.optimizers, self.schedulers, self.averages = model, optimizers, schedulers, averages
         self.accumulate, self.clip = accumulate, clip
         self.applied = 0  # optimizer steps that moved the weights
         self.skipped = 0
+        self.outcome: StepOutcome | None = None  # of the last call of step()
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
+        self.recovery_rule = RecoveryRule()
+        self._recovery = Recovery()
+        self._good: tuple[int, Snapshot] | None = None  # applied steps and state to roll back to
         self._profile = profile
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
-        self._micro = 0  # micro-batches in the window so far
-        self._bad_loss = ""
-        self._sums: dict[nn.Parameter, Tensor] = {}  # fp32 sums of 16-bit gradients over the window
+        self._window = _Window()
         self._names = {p: name for name, p in model.named_parameters()}
+        self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
         self._incoming: dict[str, Any] = {}  # optimizer state on its way in
         self.conversion = convert(model, PRESETS["32-true"])
         self._hooks = ExitStack()
-        self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
-        self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
+        for optimizer in optimizers:
+            self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
+            self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
+        self._hooks.callback(model.register_forward_pre_hook(self._note_batch, with_kwargs=True).remove)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first of the optimizers, which is mostly the only one."""
+        return self.optimizers[0]
 
     @property
     def plan(self) -> Plan:
@@ -94,83 +138,295 @@ class Stepper:
             finally:
                 self._around = outer
 
-    def step(self, loss: Tensor) -> StepOutcome:
+    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._window.inputs[self._window.micro] = (args, kwargs)
+            if self._window.buffers is None:
+                self._window.buffers = copy_buffers(module)
+
+    def step(self, loss: Tensor | None = None, *, closure: Callable[[], Tensor] | None = None) -> StepOutcome:
         """Backward, then update unless this is a micro-batch of a window or a gradient is not finite.
 
         loss: one number with a graph, fp32 or 16 bits, the mean over its micro-batch.
+        closure: for optimizers that evaluate the loss themselves: a function that runs the model and returns the loss,
+            without calling backward. `step(closure=f)` for LBFGS; `step(loss, closure=f)` for those that start from
+            gradients already there, as SAM does.
 
-        Raises ModelError when the loss has no graph or is not one number.
+        Raises ModelError when the loss has no graph or is not one number, TrainingError when the recovery policy ends
+        the run; the weights are those of the last applied step then.
         """
-        if loss.numel() != 1 or not loss.requires_grad:
-            raise ModelError(
-                f"step() takes the loss: one number that depends on the weights; got shape {tuple(loss.shape)}, "
-                f"requires_grad={loss.requires_grad}; reduce it with .mean() and do not detach it"
-            )
-        (loss.to(torch.float32) * (self.scale / self.accumulate)).backward()
-        if not math.isfinite(value := loss.item()):
-            self._bad_loss = f"the loss is {value}"
-        self._micro += 1
-        if self._micro < self.accumulate:
+        if closure is not None:
+            return self._step_by_closure(loss, closure)
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
+            raise ModelError("LBFGS evaluates the loss itself; call step(closure=f), where f() returns the loss")
+        self._go_backward(loss)
+        if self._window.micro < self.accumulate:
             self._collect()
-            return StepOutcome(status="accumulated", step=self.applied, scale_before=self.scale, scale_after=self.scale)
+            return self._conclude("accumulated", self.scale)
         return self._finish_window()
+
+    def flush(self) -> StepOutcome | None:
+        """Apply a window that is not full, at the end of an epoch: the mean over the micro-batches that are in.
+
+        Returns None when there are none.
+        """
+        return self._finish_window() if self._window.micro else None
+
+    def _go_backward(self, loss: Tensor | None) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            given = (
+                f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+                if isinstance(loss, Tensor)
+                else repr(loss)
+            )
+            raise ModelError(
+                f"step() takes the loss: one number that depends on the weights; got {given}; reduce it with .mean() "
+                "and do not detach it"
+            )
+        if self._has_strangers is None:
+            self._has_strangers = _reaches_strangers(loss, {*self._names, *self._find_held()})
+        # another model's gradients stay its own business, as in the generator's step of a GAN
+        inputs = [p for p in self._find_held() if p.requires_grad] if self._has_strangers else None
+        (loss.to(torch.float32) * (self.scale / self.accumulate)).backward(inputs=inputs)
+        self._window.losses.append(loss.detach())
+        self._window.micro += 1
 
     def _collect(self) -> None:
         """Move 16-bit gradients of a micro-batch into fp32 sums: adding in bf16 loses what is 256 times smaller."""
+        sums = self._window.sums
         for parameter in self._find_held():
-            if parameter.grad is not None and (parameter in self._sums or parameter.grad.dtype in SIXTEEN_BITS):
+            if parameter.grad is not None and (parameter in sums or parameter.grad.dtype in SIXTEEN_BITS):
                 gradient = parameter.grad.to(torch.float32)
-                self._sums[parameter] = self._sums[parameter].add_(gradient) if parameter in self._sums else gradient
+                sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
                 parameter.grad = None
 
     def _find_held(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer moves, in its order."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """The parameters that the optimizers move, in their order."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def _finish_window(self) -> StepOutcome:
         if self.accumulate > 1:
             self._collect()
-        found = {p: self._sums.get(p, p.grad) for p in self._find_held()}
-        gradients = {p: gradient for p, gradient in found.items() if gradient is not None}
-        before, cause = self.scale, self._bad_loss
-        tensors: tuple[str, ...] = ()
-        norm = _measure_norm(gradients.values()) / before
-        if not math.isfinite(norm):
-            tensors = self._find_nonfinite(gradients)
-            norm = norm if tensors else _measure_norm_slowly(gradients.values()) / before
-        if tensors and not cause:
-            cause = f"{len(tensors)} gradients are not finite, the first is {tensors[0]}"
-        overflowed = bool(cause)
-        if not gradients and not cause:
-            cause = "no parameter that the optimizer holds received a gradient"
-        if cause:
-            self.skipped += 1
-        else:
-            factor = 1.0 / before
-            if self.clip is not None:
-                factor *= min(1.0, self.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
-            self.conversion.masters.step(self.optimizer, gradients, factor)
-            self.applied += 1
-            for scheduler in self.schedulers:
-                scheduler.step()
-        self._scale = adjust(self._scale, self._rule, found_nonfinite=overflowed)
-        self._clear_window()
-        return StepOutcome(
-            status="skipped" if cause else "applied", step=self.applied, scale_before=before, scale_after=self.scale,
-            cause=cause, tensors=tensors, gradient_norm=norm,
-        )  # fmt: skip
+        before, gradients = self.scale, self._take_gradients()
+        lift = before * self._window.micro / self.accumulate  # of the gradients above those of the mean
+        verdict = self._inspect(gradients, lift)
+        if not verdict.cause:
+            self._keep_good_state()
+            with self._at_reduced_rate():
+                self._update(gradients, self._clip(verdict.norm) / lift)
+            self._advance()
+        return self._settle(verdict, before)
 
-    def _find_nonfinite(self, gradients: dict[nn.Parameter, Tensor]) -> tuple[str, ...]:
-        bad = {p for p, gradient in gradients.items() if not bool(torch.isfinite(_values(gradient)).all())}
+    def _take_gradients(self) -> dict[nn.Parameter, Tensor]:
+        found = {p: self._window.sums.get(p, p.grad) for p in self._find_held()}
+        return {p: gradient for p, gradient in found.items() if gradient is not None}
+
+    def _inspect(self, gradients: dict[nn.Parameter, Tensor], lift: float) -> _Verdict:
+        """Whether the window may be applied. Nothing but one reduction, unless a number is not finite."""
+        norm, losses = measure_norm(gradients.values(), self._window.losses)
+        bad_loss = next((micro for micro, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if math.isfinite(norm) and bad_loss is None:
+            cause = "" if gradients else "no parameter that the optimizer holds received a gradient"
+            return _Verdict(norm=norm / lift, cause=cause)
+        bad = set(find_nonfinite(gradients))
+        if not bad and bad_loss is None:
+            return _Verdict(norm=measure_norm_slowly(gradients.values()) / lift)
+        tensors = self._name_tensors(bad)
+        if bad_loss is not None:
+            layer = self._find_guilty(bad_loss)
+            first = {"(input)": ": so is the input", "": ""}.get(layer, f", first in the output of '{layer}'")
+            cause = f"the loss is {losses[bad_loss]}{first}"
+        else:
+            layer = tensors[-1].rpartition(".")[0]  # backward meets the last layer first
+            cause = f"{len(tensors)} gradients are not finite, the first on the way back is {tensors[-1]}"
+        return _Verdict(
+            norm=norm / lift,
+            cause=cause,
+            tensors=tensors,
+            layer=layer,
+            forward_nonfinite=bad_loss is not None,
+            nonfinite=True,
+        )
+
+    def _name_tensors(self, bad: set[nn.Parameter]) -> tuple[str, ...]:
         known = tuple(name for p, name in self._names.items() if p in bad)
-        return known + ("(a parameter outside the model)",) * (len(bad) > len(known))
+        return ("(a parameter outside the model)",) * (len(bad) > len(known)) + known
+
+    def _find_guilty(self, micro: int) -> str:
+        """The layer where a bad forward pass went wrong, by running it again."""
+        if micro not in self._window.inputs:
+            return ""
+        with self.conversion.autocast():
+            return find_first_nonfinite(self.model, *self._window.inputs[micro])
+
+    def _clip(self, norm: float) -> float:
+        """The factor that clips, as torch.nn.utils.clip_grad_norm_ does."""
+        return 1.0 if self.clip is None else min(1.0, self.clip / (norm + 1e-6))
+
+    def _update(self, gradients: dict[nn.Parameter, Tensor], factor: float) -> None:
+        for optimizer in self.optimizers:
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            share = {p: gradients.pop(p) for p in own if p in gradients}
+            if share:
+                self.conversion.masters.step(optimizer, share, factor)
+
+    def _advance(self) -> None:
+        """What moves when the weights did."""
+        self.applied += 1
+        for scheduler in self.schedulers:
+            scheduler.step()
+        if self.averages:
+            with self.conversion.masters.widened():
+                for average in self.averages:
+                    average.update_parameters(self.model)
+
+    def _settle(self, verdict: _Verdict, before: float) -> StepOutcome:
+        """Scale, counters and recovery after a window; the step's outcome."""
+        if verdict.cause:
+            self.skipped += 1
+            put_back_buffers(self._window.buffers or {})
+        can_fall = before > self._rule.floor and self._rule.backoff < 1.0
+        self._scale = adjust(self._scale, self._rule, found_nonfinite=verdict.nonfinite)
+        decision = Decision()
+        if verdict.nonfinite or not verdict.cause:
+            seen = Observation(applied=not verdict.cause, cause=verdict.cause, layer=verdict.layer,
+                               forward_nonfinite=verdict.forward_nonfinite, scale_can_fall=can_fall)  # fmt: skip
+            self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
+        self._clear_window()
+        if decision.action:
+            decision = self._recover(decision, verdict)
+        outcome = self._conclude("skipped" if verdict.cause else "applied", before, verdict, decision)
+        if decision.action == "stop":
+            raise TrainingError(
+                f"training stopped at applied step {self.applied}: {decision.why}. The loss scale is {self.scale:g}; the "
+                "weights are those of the last applied step. Look at the batch and the layer named, or go on from there "
+                "with a lower learning rate, precision 32-true, or another recovery in the plan"
+            )
+        return outcome
+
+    def _conclude(
+        self, status: Any, before: float, verdict: _Verdict | None = None, decision: Decision | None = None
+    ) -> StepOutcome:
+        outcome = StepOutcome(status=status, step=self.applied, scale_before=before, scale_after=self.scale)
+        if verdict:
+            outcome = replace(outcome, cause=verdict.cause, tensors=verdict.tensors, gradient_norm=verdict.norm,
+                              layer=verdict.layer, forward_nonfinite=verdict.forward_nonfinite)  # fmt: skip
+        if decision and decision.action:
+            outcome = replace(outcome, recovery=f"{decision.action}: {decision.why}")
+        self.outcome = outcome
+        return outcome
+
+    def _keep_good_state(self) -> None:
+        """Before an update whose gradients are finite, now and then: the state to roll back to."""
+        if self.recovery_rule.policy != "roll-back":
+            return
+        if self._good is None or self.applied - self._good[0] >= self.recovery_rule.every:
+            masters = self.conversion.masters
+            self._good = self.applied, Snapshot(self.model, masters, self.optimizers, self.schedulers)
+            # the buffers have seen this window's forward pass already
+            self._good[1].buffers.update(self._window.buffers or {})
+
+    def _recover(self, decision: Decision, verdict: _Verdict) -> Decision:
+        """Do what was decided; what cannot be done ends the run."""
+        if decision.action == "roll-back" and self._good is not None:
+            applied, snapshot = self._good
+            snapshot.put_back()
+            decision = replace(decision, why=f"{decision.why}; from applied step {self.applied} to {applied}")
+            self.applied = applied
+        elif decision.action == "roll-back":
+            decision = replace(decision, action="stop", why=f"{decision.why}; there is no good state to go back to")
+        elif decision.action == "widen":
+            try:
+                layers = self._widen(verdict.layer, decision.why)
+                decision = replace(decision, why=f"{decision.why}; now in fp32: {', '.join(layers)}")
+            except HalfstepError as error:
+                decision = replace(decision, action="stop", why=f"{decision.why}; it cannot be widened: {error}")
+        return decision
+
+    def _widen(self, layer: str, why: str) -> list[str]:
+        """Put a layer into fp32, and those that share its weights."""
+        modules = dict(self.model.named_modules())
+        if layer not in modules or self.conversion.table[layer].compute == "fp32":
+            raise PlanError(f"'{layer}' runs in fp32 already")
+        own = set(modules[layer].parameters(recurse=False))
+        layers = [
+            path for path, module in modules.items() if path == layer or own & set(module.parameters(recurse=False))
+        ]
+        rules = tuple(Rule(path=path, compute="fp32", storage="fp32", master="none", why="widened") for path in layers)
+        scale = self._scale
+        self._adopt(replace(self.plan, rules=(*rules, *self.plan.rules)), f"widened: {why}")
+        self._scale = scale
+        return layers
+
+    @contextmanager
+    def _at_reduced_rate(self) -> Iterator[None]:
+        """Learning rates times what the recovery policy leaves of them; schedulers never see it."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        if self._recovery.rate < 1.0:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * self._recovery.rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _step_by_closure(self, loss: Tensor | None, closure: Callable[[], Tensor]) -> StepOutcome:
+        """Hand an optimizer a closure that evaluates under the plan; one bad evaluation undoes the whole step."""
+        if self.accumulate > 1 or len(self.optimizers) > 1:
+            raise ModelError(
+                "a closure needs one optimizer and accumulate=1: it evaluates the whole loss again and again"
+            )
+        masters, before, verdict = self.conversion.masters, self.scale, _Verdict(norm=0.0)
+        snapshot = Snapshot(self.model, masters, self.optimizers, self.schedulers)
+        snapshot.buffers.update(self._window.buffers or {})
+
+        def take() -> dict[nn.Parameter, Tensor]:
+            """The gradients of what has just gone backward, checked, unscaled and clipped, in full precision."""
+            nonlocal verdict
+            gradients = self._take_gradients()
+            verdict = self._inspect(gradients, before)
+            self._clear_window()
+            if verdict.cause:
+                raise _NotFiniteError
+            factor = self._clip(verdict.norm) / before
+            return {
+                p: g.to(torch.float32 if g.dtype in SIXTEEN_BITS else g.dtype) * factor for p, g in gradients.items()
+            }
+
+        def evaluate() -> float:
+            with masters.narrowed(), torch.enable_grad():
+                with self.autocast():
+                    value = closure()
+                self._go_backward(value)
+                gradients = take()
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            return float(value.detach())
+
+        try:
+            if loss is not None:
+                self._go_backward(loss)
+            first = take() if loss is not None else {}
+            with masters.widened(), self._at_reduced_rate():
+                for parameter, gradient in first.items():
+                    parameter.grad = gradient
+                self.optimizer.step(evaluate)
+            self._advance()
+        except BaseException as error:
+            snapshot.put_back()
+            self._clear_window()
+            if not isinstance(error, _NotFiniteError):
+                raise
+        return self._settle(verdict, before)
 
     def _clear_window(self) -> None:
-        self._micro, self._bad_loss = 0, ""
-        self._sums.clear()
+        self._window = _Window()
         for parameter in self._names:
             parameter.grad = None
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def wait_for_batch(self) -> None:
         """Choose the plan when the first training batch arrives, just before the model sees it."""
@@ -197,9 +453,9 @@ class Stepper:
 
         Raises what `convert` raises; the plan before stays in force then.
         """
-        if self._micro:
+        if self._window.micro:
             raise PlanError(
-                f"{self._micro} of {self.accumulate} micro-batches are in; change the plan after the window"
+                f"{self._window.micro} of {self.accumulate} micro-batches are in; change the plan after the window"
             )
         self._stop_waiting()
         self._adopt(plan, why)
@@ -216,6 +472,8 @@ class Stepper:
             raise
         self.conversion = drafted
         self._match_states()
+        self._good = None
+        self.recovery_rule = RecoveryRule(policy=plan.recovery)  # type: ignore[arg-type]  # Plan has checked the word
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         self.plan_record = PlanRecord(
@@ -224,19 +482,20 @@ class Stepper:
 
     def _match_states(self) -> None:
         """Optimizer states follow the precision that the optimizer sees: fp32 where a truth is kept."""
-        for parameter in self._find_held():
-            seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
-            match_states(self.optimizer, parameter, seen)
+        for optimizer in self.optimizers:
+            for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+                seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
+                match_states(optimizer, parameter, seen)
 
     def _require_eps(self, drafted: Conversion) -> None:
         """fp16(1e-8) is 0: an optimizer that keeps fp16 states with it divides 0 by 0."""
         fp16 = find_format("fp16")
         narrow = {p for p, s in drafted.storage.items() if s.storage == "fp16" and s.master == "none"}
-        for group in self.optimizer.param_groups:
+        for optimizer, group in ((o, group) for o in self.optimizers for group in o.param_groups):
             eps = group.get("eps")
             if eps is not None and eps < fp16.smallest_subnormal and narrow.intersection(group["params"]):
                 raise UnsupportedError(
-                    f"{type(self.optimizer).__name__} has eps={eps:g}, which is 0 in fp16, and the plan keeps no fp32 "
+                    f"{type(optimizer).__name__} has eps={eps:g}, which is 0 in fp16, and the plan keeps no fp32 "
                     f"master; give eps >= {fp16.smallest_subnormal:.2g} (1e-4 is usual), or master=fp32 in the plan"
                 )
 
@@ -250,29 +509,65 @@ class Stepper:
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on and that model, optimizer and schedulers do not hold themselves."""
+        """Everything that the next step depends on and that model, optimizer and schedulers do not hold themselves.
+
+        Inside an accumulation window it holds the gradients so far, by the optimizers' order of parameters, and the
+        buffers from before the window.
+        """
+        window, held = self._window, self._find_held()
         return {
             "plan": str(self.plan) if self._waiting is None else None,
             "loss_scale": asdict(self._scale),
+            "recovery": asdict(self._recovery),
             "applied": self.applied,
             "skipped": self.skipped,
-            "micro": self._micro,
-        }
+            "micro": window.micro,
+            "window": None if not window.micro else {
+                "losses": [float(loss) for loss in window.losses],
+                "sums": {i: window.sums[p] for i, p in enumerate(held) if p in window.sums},
+                "gradients": {i: p.grad for i, p in enumerate(held) if p.grad is not None},
+                "buffers": list((window.buffers or {}).values()),
+            },
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put a saved state in force, its plan included.
 
-        Raises PlanError when the state was saved inside an accumulation window, whose gradients it does not hold.
+        Raises PlanError when the state was saved inside an accumulation window and does not hold its gradients, or
+        the window is longer than this stepper's.
         """
         self._clear_window()
-        if state["micro"]:
-            raise PlanError("the state was saved in the middle of an accumulation window; save after an applied step")
+        window = state.get("window")
+        if state["micro"] and (window is None or state["micro"] >= self.accumulate):
+            raise PlanError(
+                f"the state was saved after {state['micro']} micro-batches of a window, and "
+                + (
+                    f"this stepper has accumulate={self.accumulate}; give the same"
+                    if window
+                    else "without their gradients"
+                )
+            )
         if state["plan"] is not None and state["plan"] != str(self.plan):
             self.adopt(Plan.parse(state["plan"]), "restored")
         if state["plan"] is not None:
             self._stop_waiting()
         self._scale = LossScale(**state["loss_scale"])
+        self._recovery = Recovery(**state.get("recovery", {}))
         self.applied, self.skipped = state["applied"], state["skipped"]
+        if state["micro"]:
+            self._load_window(state["micro"], state["window"])
+
+    def _load_window(self, micro: int, saved: dict[str, Any]) -> None:
+        held = self._find_held()
+        device = held[0].device
+        self._window.micro = micro
+        self._window.losses = [torch.tensor(loss, device=device) for loss in saved["losses"]]
+        self._window.sums = {held[i]: value.to(held[i].device) for i, value in saved["sums"].items()}
+        for i, value in saved["gradients"].items():
+            held[i].grad = value.to(held[i].device, held[i].dtype)
+        if saved["buffers"]:
+            before = zip(self.model.buffers(), saved["buffers"], strict=True)
+            self._window.buffers = {buffer: value.to(buffer.device) for buffer, value in before}
 
     def _before_load(self, _optimizer: Optimizer, state: dict[str, Any]) -> None:
         self._incoming = state
@@ -288,46 +583,44 @@ class Stepper:
         self._incoming = {}
 
 
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _measure_norm(gradients: Iterable[Tensor]) -> float:
-    """2-norm over all gradients, accumulated in fp32; one pass, one number read back."""
-    dense = [_values(gradient) for gradient in gradients]
-    if not dense:
-        return 0.0
-    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in dense) else torch.float32
-    norms = torch._foreach_norm(dense, 2, dtype=wide)
-    return float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
-
-
-def _measure_norm_slowly(gradients: Iterable[Tensor]) -> float:
-    """The same in fp64, for finite gradients whose squares overflow fp32."""
-    squares = [torch.linalg.vector_norm(_values(g), dtype=torch.float64) ** 2 for g in gradients]
-    return math.sqrt(sum(float(s) for s in squares))
+def _reaches_strangers(loss: Tensor, own: set[nn.Parameter]) -> bool:
+    """Whether the graph of a loss ends in parameters that are not `own`."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and leaf not in own:
+            return True
+        waiting += [next_node for next_node, _ in node.next_functions]
+    return False
 
 
 def prepare(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Iterable[Optimizer],
     plan: Plan | str = "auto",
     *,
     accumulate: int = 1,
     clip: float | None = None,
     schedulers: LRScheduler | Iterable[LRScheduler] = (),
+    averages: AveragedModel | Iterable[AveragedModel] = (),
     profile: HardwareProfile | None = None,
 ) -> Stepper:
     """Make a model and its optimizer train under a plan.
 
     Args:
         model: an fp32 module.
-        optimizer: any torch optimizer over its parameters.
+        optimizer: any torch optimizer over its parameters, or several that share them out.
         plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
             path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it.
         accumulate: micro-batches in one update; each loss is divided by it.
         clip: largest 2-norm of all gradients together, after unscaling.
         schedulers: stepped once for every applied step.
+        averages: torch.optim.swa_utils.AveragedModel of the model (EMA, SWA), made before this call; updated from the full
+            precision of the weights after every applied step.
         profile: the machine as measured; "auto" reads the cached one, or probes for three seconds.
 
     Examples:
@@ -343,25 +636,32 @@ def prepare(
     trainable = {p for p in model.parameters() if p.requires_grad}
     if not trainable:
         raise ModelError(f"{type(model).__name__} has no trainable parameters; set requires_grad on some of them")
-    if not trainable & {p for group in optimizer.param_groups for p in group["params"]}:
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    if not trainable & set(held):
         raise ModelError(
             f"the optimizer holds none of the {len(trainable)} trainable parameters of {type(model).__name__}; "
             "make it from model.parameters()"
         )
     if accumulate < 1 or (clip is not None and clip <= 0):
         raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ModelError(
-            "LBFGS evaluates the loss itself, through a closure; halfstep steps optimizers that take gradients"
-        )
+    if len(set(held)) < len(held):
+        raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
     chosen = [schedulers] if isinstance(schedulers, LRScheduler) else list(schedulers)
     if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in chosen):
         raise ModelError("ReduceLROnPlateau needs a metric; leave it out and step it yourself after each evaluation")
-    stepper = Stepper(model, optimizer, accumulate=accumulate, clip=clip, schedulers=tuple(chosen), profile=profile)
-    if plan == "auto":
-        stepper.wait_for_batch()
-    else:
-        stepper.adopt(read_plan(plan))
+    means = (averages,) if isinstance(averages, AveragedModel) else tuple(averages)
+    stepper = Stepper(
+        model, optimizers, accumulate=accumulate, clip=clip, schedulers=tuple(chosen), averages=means, profile=profile
+    )
+    try:
+        if plan == "auto":
+            stepper.wait_for_batch()
+        else:
+            stepper.adopt(read_plan(plan))
+    except Exception:
+        stepper.restore()
+        raise
     return stepper
 
 

@@ -119,6 +119,39 @@ class Audit(TorchDispatchMode):
         return "\n".join(lines)
 
 
+def find_first_nonfinite(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Run the model once more and name what was first not finite: "(input)", the path of a module, or "" for nothing.
+
+    The module named is the first that returned a NaN or an infinity, and of modules inside each other the innermost.
+    The random numbers that the run draws are given back, and buffers that it moves are the caller's to put back.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> _ = nn.init.constant_(model[1].weight, float("inf"))
+        >>> find_first_nonfinite(model, (torch.ones(1, 1),), {})
+        '1'
+    """
+    if not _is_finite((args, kwargs)):
+        return "(input)"
+    found: list[str] = []
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        for path, module in model.named_modules():
+
+            def look(_module: nn.Module, _args: Any, result: Any, path: str = path) -> None:
+                if not found and not _is_finite(result):
+                    found.append(path or "(model)")
+
+            stack.callback(module.register_forward_hook(look).remove)
+        model(*args, **kwargs)
+    return found[0] if found else ""
+
+
+def _is_finite(values: Any) -> bool:
+    leaves = [t for t in tree_leaves(values) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+    return all(bool(torch.isfinite(t).all()) for t in leaves)
+
+
 @dataclass(kw_only=True)
 class LayerShape:
     """The product that a layer makes, and how often in one forward pass."""

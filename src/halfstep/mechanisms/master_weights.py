@@ -232,6 +232,20 @@ class MasterWeights:
                 truth.write(parameter.data)
                 _show(parameter, truth)
 
+    @contextmanager
+    def narrowed(self) -> Iterator[None]:
+        """Within `widened`: the live weights again inside the block, for work that runs the model."""
+        for parameter, truth in self._truths.items():
+            parameter.grad = None
+            truth.write(parameter.data)
+            _show(parameter, truth)
+        try:
+            yield
+        finally:
+            for parameter, truth in self._truths.items():
+                parameter.grad = None
+                parameter.data = truth.read()
+
     def _chunks(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         """Parameters that are already wide in the first chunk, the others in chunks of about CHUNK numbers."""
         narrow = [p for p in parameters if p in self._truths]

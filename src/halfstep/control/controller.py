@@ -1,0 +1,105 @@
+"""What to do about a step whose numbers are not finite: (state, rule, what was seen) -> (state, decision).
+
+A bad step is never applied, whatever the policy. That alone is enough for a bad batch, and a loss scale that was too high
+falls by itself. What is left are failures that come back: the forward pass overflows again and again, or the gradients do
+although there is no scale left to lower. After `patience` of those in a row the policy decides:
+
+    skip         nothing more than leaving the updates out
+    back-off     halve the learning rate, and give it back after `interval` applied steps without another failure
+    roll-back    go back to the weights and optimizer state of up to `every` applied steps ago, and on with other data
+    widen        compute and store the layer that failed first in fp32
+    stop         end the run with a report, at the first such failure
+
+and after `limit` skipped steps in a row, whatever their cause, every policy ends the run with a report: a run that only
+skips costs as much as one that trains. DeepSpeed stops at its lowest scale for the same reason.
+
+Pure: the same observations give the same decisions, so a stored run can be replayed.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Policy = Literal["skip", "back-off", "roll-back", "widen", "stop"]
+Action = Literal["", "back-off", "roll-back", "widen", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryRule:
+    """When a policy acts. The counts are choices, not measurements: far above what a loss scale needs to settle (16 skips
+    from 2^16 to 1), far below what a user would wait for."""
+
+    policy: Policy = "skip"
+    patience: int = 3  # failures in a row, that no loss scale can mend, before the policy acts
+    limit: int = 50  # skipped steps in a row before the run ends
+    every: int = 100  # applied steps between two states kept for a roll-back
+    interval: int = 100  # applied steps until a learning rate that was halved is doubled again
+    budget: int = 20  # actions in one run; a run that needs more has another problem
+    lowest_rate: float = 2.0**-10  # the learning rate's factor falls no further
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What a policy remembers."""
+
+    skips: int = 0  # skipped steps in a row
+    failures: int = 0  # those of them that no loss scale can mend, since the policy last acted
+    clean: int = 0  # applied steps since the learning rate last changed
+    rate: float = 1.0  # factor on the learning rate
+    actions: int = 0  # how often the policy has acted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a step showed."""
+
+    applied: bool
+    cause: str = ""
+    layer: str = ""  # the first layer whose numbers were not finite, where it is known
+    forward_nonfinite: bool = False
+    scale_can_fall: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is to be done, and why; `action` is empty for nothing."""
+
+    action: Action = ""
+    why: str = ""
+
+
+def decide(state: Recovery, rule: RecoveryRule, seen: Observation) -> tuple[Recovery, Decision]:
+    """The next state, and what is to be done now.
+
+    Examples:
+        >>> bad = Observation(applied=False, cause="the loss is nan", forward_nonfinite=True)
+        >>> decide(Recovery(), RecoveryRule(policy="stop"), bad)[1].action
+        'stop'
+    """
+    if seen.applied:
+        return _count_applied(state, rule), Decision()
+    mendable = seen.scale_can_fall and not seen.forward_nonfinite
+    state = replace(state, skips=state.skips + 1, failures=state.failures + (not mendable), clean=0)
+    if state.skips >= rule.limit:
+        return state, Decision(action="stop", why=f"{state.skips} steps in a row were skipped; the last: {seen.cause}")
+    patience = 1 if rule.policy == "stop" else rule.patience
+    if rule.policy == "skip" or mendable or state.failures < patience:
+        return state, Decision()
+    why = f"{state.failures} in a row that no loss scale can mend; the last: {seen.cause}"
+    if rule.policy == "stop":
+        return state, Decision(action="stop", why=why)
+    if state.actions >= rule.budget:
+        return state, Decision(action="stop", why=f"{rule.policy} was tried {state.actions} times; {why}")
+    if rule.policy == "widen" and not seen.layer:
+        return state, Decision()
+    state = replace(state, failures=0, actions=state.actions + 1)
+    if rule.policy == "back-off":
+        state = replace(state, rate=max(state.rate / 2, rule.lowest_rate))
+    return state, Decision(action=rule.policy, why=why)
+
+
+def _count_applied(state: Recovery, rule: RecoveryRule) -> Recovery:
+    """A step that moved the weights ends every row, and brings a halved learning rate nearer to its full value."""
+    clean = state.clean + 1
+    if state.rate < 1.0 and clean >= rule.interval:
+        return Recovery(rate=2 * state.rate, actions=state.actions)
+    return Recovery(clean=clean if state.rate < 1.0 else 0, rate=state.rate, actions=state.actions)
