@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from halfstep.errors import FormatError, PlanError
 from halfstep.numerics.formats import FORMATS
-from halfstep.plan import ALIASES, CASTS, KINDS, LOSS_SCALES, MASTERS, PRESETS, Plan, Rule, Settings
+from halfstep.plan import ALIASES, CASTS, KINDS, LOSS_SCALES, MASTERS, PRESETS, RECOVERIES, Plan, Rule, Settings
 
 MODEL = {
     "": "",

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from halfstep import stepper as stepper_module
 from halfstep.control.sensitivity import Choice
-from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
-from halfstep.mechanisms.loss_scale import LossScaleRule
+from halfstep.errors import FormatError, ModelError, PlanError, TrainingError, UnsupportedError
+from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
 from halfstep.plan import Plan
 from halfstep.records import StepOutcome
 from halfstep.stepper import Stepper, prepare, read_plan
@@ -970,3 +971,407 @@ def test_loading_a_state_empties_the_window() -> None:
     stepper.load_state_dict(saved)
     assert all(p.grad is None for p in model.parameters())
     assert stepper.step(nn.functional.mse_loss(model(x), y)).status == "accumulated"
+
+
+# --- a skipped step leaves no trace
+
+
+def make_images(count: int, *, bad: Iterable[int] = ()) -> list[Batch]:
+    """Images for make_cnn and targets; those in `bad` are NaN."""
+    with seeded(3):
+        batches = [(torch.randn(4, 3, 8, 8), torch.randn(4, 3)) for _ in range(count)]
+    return [(x * math.nan, y) if number in bad else (x, y) for number, (x, y) in enumerate(batches)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_run_with_bad_batches_equals_one_that_never_saw_them(mode: str, accumulate: int) -> None:
+    bad = {3, 8}
+    windows = [range(i, i + accumulate) for i in range(0, 12, accumulate)]
+    good = [number for window in windows if not bad & set(window) for number in window]
+    states = []
+    for batches in (make_images(12, bad=bad), [make_images(12)[number] for number in good]):
+        model = make_cnn()
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        optimizer = make_adamw(model, eps=1e-4)
+        schedule = CosineAnnealingLR(optimizer, 20)
+        stepper = prepare(model, optimizer, mode, accumulate=accumulate, schedulers=schedule, averages=average)
+        stepper._scale = LossScale(scale=8.0) if stepper.plan.loss_scale == "dynamic" else stepper._scale
+        stepper._rule = UNSCALED
+        train(stepper, batches)
+        states.append((copy_weights(model), copy_weights(average), optimizer.state_dict(), schedule.state_dict()))
+    assert_same(states[0][0], states[1][0])
+    assert_same(states[0][1], states[1][1])
+    torch.testing.assert_close(states[0][2], states[1][2], rtol=0, atol=0)
+    assert states[0][3] == states[1][3]
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", SPLIT, "bf16-true"])
+@pytest.mark.parametrize(("path", "layer"), [("0", "0"), ("2", "2")])
+def test_skip_names_the_layer_where_the_forward_pass_went_wrong(mode: str, path: str, layer: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), mode)
+    with torch.no_grad():
+        model.get_submodule(path).weight.fill_(math.inf)
+    outcome = train(stepper, make_regression_batches(1))[0]
+    assert (outcome.status, outcome.layer, outcome.forward_nonfinite) == ("skipped", layer, True)
+    assert f"first in the output of '{layer}'" in outcome.cause
+
+
+def test_loss_function_that_fails_on_finite_outputs_names_no_layer() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    outcome = stepper.step((model(torch.ones(2, 8)).sum() * 0).log())
+    assert (outcome.layer, outcome.forward_nonfinite, outcome.cause) == ("", True, "the loss is -inf")
+
+
+def test_looking_for_the_guilty_layer_draws_no_random_numbers() -> None:
+    model = nn.Sequential(make_mlp(), nn.Dropout())
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    torch.manual_seed(5)
+    loss = model(torch.full((2, 8), math.nan)).sum()
+    expected = torch.get_rng_state()
+    stepper.step(loss)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+# --- windows, several optimizers, averages
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", "16-mixed", SPLIT])
+def test_flush_applies_the_mean_of_what_is_in(mode: str) -> None:
+    batches = make_regression_batches(5)
+    models = [make_mlp(), make_mlp()]
+    partial = prepare(models[0], SGD(models[0].parameters(), lr=0.1), mode, accumulate=4)
+    train(partial, batches[:2])
+    outcome = partial.flush()
+    assert outcome is not None
+    assert outcome.applied
+    full = prepare(models[1], SGD(models[1].parameters(), lr=0.1), mode, accumulate=2)
+    expected = train(full, batches[:2])[-1]
+    assert outcome.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-6)
+    for name, weight in copy_weights(models[0]).items():
+        torch.testing.assert_close(weight, copy_weights(models[1])[name], rtol=1e-6, atol=1e-7)
+    assert partial.flush() is None
+
+
+@pytest.mark.parametrize("mode", ["32-true", SPLIT])
+def test_several_optimizers_share_one_step(mode: str) -> None:
+    models = [make_mlp(), make_mlp()]
+    matrices, vectors = ([p for p in models[0].parameters() if p.ndim == n] for n in (2, 1))
+    both = prepare(models[0], [SGD(matrices, lr=0.1), SGD(vectors, lr=0.2)], mode, clip=0.5)
+    groups = [
+        {"params": [p for p in models[1].parameters() if p.ndim == n], "lr": lr} for n, lr in ((2, 0.1), (1, 0.2))
+    ]
+    one = prepare(models[1], SGD(groups), mode, clip=0.5)
+    batches = make_regression_batches(6)
+    norms = [[outcome.gradient_norm for outcome in train(stepper, batches)] for stepper in (both, one)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    for name, weight in copy_weights(models[0]).items():
+        torch.testing.assert_close(weight, copy_weights(models[1])[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match="two optimizers hold the same parameter"):
+        prepare(models[0], [SGD(matrices, lr=0.1), SGD(models[0].parameters(), lr=0.1)], "32-true")
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT])
+def test_two_models_trained_against_each_other_keep_their_gradients_apart(mode: str) -> None:
+    """As the GAN of every tutorial; the same by hand with zero_grad in the right places."""
+    generators, critics = (
+        [make_mlp(1), make_mlp(1)],
+        [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)) for _ in range(2)],
+    )
+    critics[1].load_state_dict(critics[0].state_dict())
+    batches = make_regression_batches(6)
+    g = prepare(generators[0], SGD(generators[0].parameters(), lr=0.05), mode)
+    c = prepare(critics[0], SGD(critics[0].parameters(), lr=0.05), mode)
+    for stepper in (g, c):
+        stepper._scale = replace(stepper._scale, scale=min(stepper.scale, 256.0))  # of a mean over few numbers
+    for x, real in batches:
+        with g.autocast(), c.autocast():
+            fake = g.model(x)
+            loss = c.model(fake.detach()).float().mean() - c.model(real).float().mean()
+        assert c.step(loss).applied
+        with g.autocast(), c.autocast():
+            loss = -c.model(g.model(x)).float().mean()
+        assert g.step(loss).applied
+        assert all(p.grad is None for p in critics[0].parameters())
+    if mode != "32-true":
+        return
+    optimizers = [SGD(generators[1].parameters(), lr=0.05), SGD(critics[1].parameters(), lr=0.05)]
+    for x, real in batches:
+        optimizers[1].zero_grad()
+        (critics[1](generators[1](x).detach()).mean() - critics[1](real).mean()).backward()
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        (-critics[1](generators[1](x)).mean()).backward()
+        optimizers[0].step()
+    assert_same(copy_weights(generators[0]), copy_weights(generators[1]))
+    assert_same(copy_weights(critics[0]), copy_weights(critics[1]))
+
+
+def test_gradient_penalty_under_a_loss_scale_equals_fp32() -> None:
+    models = [make_mlp(), make_mlp()]
+    steppers = [
+        prepare(m, SGD(m.parameters(), lr=0.05), mode) for m, mode in zip(models, ("32-true", "16-mixed"), strict=True)
+    ]
+    for x, y in make_regression_batches(5):
+        for stepper in steppers:
+            with stepper.autocast():
+                loss = F.mse_loss(stepper.model(x).float(), y)
+            grads = torch.autograd.grad(loss * stepper.scale, list(stepper.model.parameters()), create_graph=True)
+            penalty = sum((g / stepper.scale).square().sum() for g in grads)
+            assert stepper.step(loss + 0.1 * penalty).applied
+    for name, weight in copy_weights(models[1]).items():
+        assert_near(weight, copy_weights(models[0])[name], torch.float16, scale=10)
+
+
+def test_average_is_taken_from_the_full_precision() -> None:
+    model = make_mlp()
+    average = AveragedModel(model)
+    stepper = prepare(model, SGD(model.parameters(), lr=1e-3), SPLIT, averages=average)
+    weights = []
+    for batch in make_regression_batches(4):
+        train(stepper, [batch])
+        weights.append(copy_weights(model)["0.weight"])
+    torch.testing.assert_close(average.module[0].weight, torch.stack(weights).mean(0), rtol=1e-6, atol=1e-7)
+    assert model[0].weight.dtype is torch.bfloat16
+
+
+def test_average_made_after_the_conversion_is_refused() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), SPLIT)
+    average, other = AveragedModel(stepper.model), make_mlp()
+    with pytest.raises(ModelError, match="make it before"):
+        prepare(other, SGD(other.parameters(), lr=0.1), "32-true", averages=average)
+
+
+# --- closures
+
+
+class SAM(Optimizer):
+    """Foret et al. 2021: step to where the loss is worst nearby, take the gradient there, come back, step with it."""
+
+    def __init__(self, params: Any, base: type[Optimizer], rho: float = 0.05, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base = base(self.param_groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> float:
+        held = [p for group in self.param_groups for p in group["params"]]
+        length = torch.stack([p.grad.norm() for p in held]).norm()
+        moved = [p.grad * (self.param_groups[0]["rho"] / length) for p in held]
+        for p, way in zip(held, moved, strict=True):
+            p.add_(way)
+        with torch.enable_grad():
+            loss: float = closure()
+        for p, way in zip(held, moved, strict=True):
+            p.sub_(way)
+        self.base.step()
+        return loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_trains_through_a_closure(mode: str, search: str | None) -> None:
+    model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+    stepper = prepare(model, LBFGS(model.parameters(), lr=0.5, max_iter=4, line_search_fn=search), mode)
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(stepper.model(x).float(), y)
+        losses.append(loss.item())
+        return loss
+
+    outcomes = [stepper.step(closure=closure) for _ in range(6)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert sum(outcome.applied for outcome in outcomes) >= 4
+    assert stepper.applied == sum(outcome.applied for outcome in outcomes)
+
+
+def test_lbfgs_in_32_true_equals_a_loop_written_by_hand_bit_for_bit() -> None:
+    models, (x, y) = [make_mlp(), make_mlp()], make_regression_batches(1)[0]
+    ours, theirs = (LBFGS(m.parameters(), max_iter=5, line_search_fn="strong_wolfe") for m in models)
+    stepper = prepare(models[0], ours, "32-true")
+
+    def by_hand() -> Tensor:
+        theirs.zero_grad()
+        loss = F.mse_loss(models[1](x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        assert stepper.step(closure=lambda: F.mse_loss(models[0](x), y)).applied
+        theirs.step(by_hand)
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT, NO_MASTER])
+@pytest.mark.parametrize("bad", [1, 3])
+def test_one_bad_evaluation_undoes_the_whole_step(mode: str, bad: int) -> None:
+    model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+    stepper = prepare(model, LBFGS(model.parameters(), lr=0.5, max_iter=4), mode)
+    assert stepper.step(closure=lambda: F.mse_loss(stepper.model(x).float(), y)).applied
+    before, state = copy_weights(model), copy.deepcopy(stepper.optimizer.state_dict())
+    calls = itertools.count(1)
+
+    def closure() -> Tensor:
+        return F.mse_loss(stepper.model(x * (math.nan if next(calls) == bad else 1.0)).float(), y)
+
+    outcome = stepper.step(closure=closure)
+    assert (outcome.status, outcome.forward_nonfinite) == ("skipped", True)
+    assert_same(copy_weights(model), before)
+    torch.testing.assert_close(stepper.optimizer.state_dict(), state, rtol=0, atol=0)
+    assert stepper.step(closure=lambda: F.mse_loss(stepper.model(x).float(), y)).applied
+
+
+def test_error_inside_a_closure_undoes_the_step_and_is_raised() -> None:
+    model = make_mlp()
+    stepper = prepare(model, LBFGS(model.parameters()), SPLIT)
+    before = copy_weights(model)
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            model[0].bias.add_(1.0)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stepper.step(closure=closure)
+    assert_same(copy_weights(model), before)
+    assert model[0].weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT])
+def test_sam_starts_from_the_gradient_of_the_loss(mode: str) -> None:
+    models, batches = [make_mlp(), make_mlp()], make_regression_batches(5)
+    stepper = prepare(models[0], SAM(models[0].parameters(), SGD, lr=0.1), mode)
+    by_hand = SAM(models[1].parameters(), SGD, lr=0.1)
+    for x, y in batches:
+        with stepper.autocast():
+            loss = F.mse_loss(stepper.model(x).float(), y)
+        assert stepper.step(loss, closure=lambda x=x, y=y: F.mse_loss(stepper.model(x).float(), y)).applied  # type: ignore[misc]
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            by_hand.zero_grad()
+            loss = F.mse_loss(models[1](x), y)
+            loss.backward()
+            return loss
+
+        closure()
+        by_hand.step(closure)
+    dtype = {"32-true": torch.float32, "16-mixed": torch.float16, SPLIT: torch.bfloat16}[mode]
+    for name, weight in copy_weights(models[0]).items():
+        assert_near(weight, copy_weights(models[1])[name], dtype, scale=5)
+
+
+def test_lbfgs_without_a_closure_and_a_closure_in_a_window_say_what_to_do() -> None:
+    model = make_mlp()
+    stepper = prepare(model, LBFGS(model.parameters()), "32-true")
+    with pytest.raises(ModelError, match=r"call step\(closure=f\)"):
+        train(stepper, make_regression_batches(1))
+    window = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
+    with pytest.raises(ModelError, match="accumulate=1"):
+        window.step(closure=lambda: model(torch.ones(1, 8)).sum())
+
+
+# --- recovery
+
+
+def test_fifty_skips_in_a_row_end_the_run_with_a_report_and_good_weights() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "bf16-mixed")
+    train(stepper, make_regression_batches(3))
+    before = copy_weights(model)
+    x, y = make_regression_batches(1)[0]
+    with pytest.raises(
+        TrainingError, match=r"50 steps in a row were skipped; the last: the loss is nan: so is the input"
+    ):
+        train(stepper, [(x * math.nan, y)] * 60)
+    assert stepper.skipped == 50
+    assert stepper.outcome is not None
+    assert stepper.outcome.recovery.startswith("stop: ")
+    assert_same(copy_weights(model), before)
+    stepper.recovery_rule = replace(stepper.recovery_rule, limit=1000)
+    assert train(stepper, make_regression_batches(1))[0].applied
+
+
+@pytest.mark.parametrize("mode", ["32-true", SPLIT, "16-mixed"])
+def test_roll_back_returns_to_the_last_good_state(mode: str) -> None:
+    model = make_cnn()
+    optimizer = make_adamw(model)
+    schedule = StepLR(optimizer, 2, gamma=0.5)
+    plan = replace(read_plan(mode), recovery="roll-back")
+    stepper = prepare(model, optimizer, plan, schedulers=schedule)
+    stepper.recovery_rule = replace(stepper.recovery_rule, every=4)
+    batches = make_images(12, bad={7, 8, 9})
+    stepper._scale = replace(stepper._scale, scale=min(stepper.scale, 256.0))
+    train(stepper, batches[:4])
+    kept = copy_weights(model), copy.deepcopy(optimizer.state_dict()), schedule.state_dict()
+    train(stepper, batches[4:7])
+    assert stepper.applied == 7
+    outcomes = train(stepper, batches[7:10])
+    assert [bool(outcome.recovery) for outcome in outcomes] == [False, False, True]
+    assert outcomes[-1].recovery.endswith("from applied step 7 to 4")
+    assert stepper.applied == outcomes[-1].step == 4
+    assert_same(copy_weights(model), kept[0])
+    torch.testing.assert_close(optimizer.state_dict(), kept[1], rtol=0, atol=0)
+    assert schedule.state_dict() == kept[2]
+    assert all(outcome.applied for outcome in train(stepper, batches[10:]))
+
+
+def test_back_off_halves_the_learning_rate_and_gives_it_back() -> None:
+    model = make_mlp()
+    optimizer = SGD(model.parameters(), lr=0.25)
+    schedule = StepLR(optimizer, 1000)
+    stepper = prepare(model, optimizer, replace(Plan.preset("32-true"), recovery="back-off"), schedulers=schedule)
+    stepper.recovery_rule = replace(stepper.recovery_rule, interval=3)
+    (x, y), *good = make_regression_batches(6)
+
+    def find_rate(batch: Batch) -> float:
+        before = copy_weights(model)["4.bias"]
+        gradient = torch.autograd.grad(F.mse_loss(model(batch[0]), batch[1]), model[4].bias)[0]
+        train(stepper, [batch])
+        return float(((before - copy_weights(model)["4.bias"]) / gradient).median())
+
+    assert find_rate(good[0]) == pytest.approx(0.25, rel=1e-3)
+    assert train(stepper, [(x * math.inf, y)] * 3)[-1].recovery.startswith("back-off: ")
+    rates = [find_rate(batch) for batch in good[1:]]
+    assert rates == pytest.approx([0.125, 0.125, 0.125, 0.25], rel=1e-3)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_widen_puts_the_layer_that_overflows_into_fp32() -> None:
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[1].weight.fill_(2.0**14)  # fp16 ends at 65504
+        model[2].weight.mul_(2.0**-14)
+    plan = replace(Plan.preset("16-mixed"), recovery="widen")
+    stepper = prepare(model, SGD(model.parameters(), lr=1e-30), plan)
+    outcomes = train(stepper, [(torch.full((16, 8), 32.0), torch.zeros(16, 3))] * 20)
+    recoveries = [outcome.recovery for outcome in outcomes if outcome.recovery]
+    assert [recovery.rpartition("; ")[2] for recovery in recoveries] == ["now in fp32: 1", "now in fp32: 2"]
+    assert [stepper.conversion.table[path].compute for path in "012"] == ["fp16", "fp32", "fp32"]
+    assert outcomes[-1].applied
+    assert stepper.plan_record is not None
+    assert stepper.plan_record.why.startswith("widened: 3 in a row that no loss scale can mend")
+    assert Plan.parse(stepper.plan_record.plan) == stepper.plan
+
+
+def test_widen_of_what_is_fp32_already_ends_the_run() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), replace(Plan.preset("32-true"), recovery="widen"))
+    poison(model[2].weight, math.nan)
+    with pytest.raises(TrainingError, match="it cannot be widened: '2' runs in fp32 already"):
+        train(stepper, make_regression_batches(5))
+
+
+def test_policy_of_the_plan_is_in_force_after_resume() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), replace(Plan.preset("bf16-mixed"), recovery="stop"))
+    state = stepper.state_dict()
+    fresh_model = make_mlp()
+    fresh = prepare(fresh_model, make_adamw(fresh_model), "32-true")
+    fresh.load_state_dict(state)
+    x, y = make_regression_batches(1)[0]
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        train(fresh, [(x * math.nan, y)])

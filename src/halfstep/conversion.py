@@ -9,8 +9,8 @@
 gives back the same parameter objects in fp32 and the same classes.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,6 +85,18 @@ class Conversion:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """Every parameter in fp32 inside the block, from its truth where it has one; for reading only."""
+        narrow = {p: p.data for p in self.storage if p.dtype in (torch.bfloat16, torch.float16)}
+        try:
+            for parameter in narrow:
+                parameter.data = self.masters.read(parameter)
+            yield
+        finally:
+            for parameter, live in narrow.items():
+                parameter.data = live
 
     def apply(self) -> None:
         """Do to the model what the plan says; an error on the way leaves the model as it was."""

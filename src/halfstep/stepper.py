@@ -276,7 +276,7 @@ class Stepper:
         for scheduler in self.schedulers:
             scheduler.step()
         if self.averages:
-            with self.conversion.masters.widened():
+            with self.conversion.widened():
                 for average in self.averages:
                     average.update_parameters(self.model)
 
@@ -286,7 +286,8 @@ class Stepper:
             self.skipped += 1
             put_back_buffers(self._window.buffers or {})
         can_fall = before > self._rule.floor and self._rule.backoff < 1.0
-        self._scale = adjust(self._scale, self._rule, found_nonfinite=verdict.nonfinite)
+        if not verdict.forward_nonfinite:  # of which the scale is not guilty
+            self._scale = adjust(self._scale, self._rule, found_nonfinite=verdict.nonfinite)
         decision = Decision()
         if verdict.nonfinite or not verdict.cause:
             seen = Observation(applied=not verdict.cause, cause=verdict.cause, layer=verdict.layer,
@@ -391,11 +392,10 @@ class Stepper:
             if verdict.cause:
                 raise _NotFiniteError
             factor = self._clip(verdict.norm) / before
-            return {
-                p: g.to(torch.float32 if g.dtype in SIXTEEN_BITS else g.dtype) * factor for p, g in gradients.items()
-            }
+            return {p: (g.to(torch.float32) if p in masters else g) * factor for p, g in gradients.items()}
 
         def evaluate() -> float:
+            self._clear_window()
             with masters.narrowed(), torch.enable_grad():
                 with self.autocast():
                     value = closure()
@@ -650,7 +650,11 @@ def prepare(
     chosen = [schedulers] if isinstance(schedulers, LRScheduler) else list(schedulers)
     if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in chosen):
         raise ModelError("ReduceLROnPlateau needs a metric; leave it out and step it yourself after each evaluation")
-    means = (averages,) if isinstance(averages, AveragedModel) else tuple(averages)
+    means: tuple[AveragedModel, ...] = (averages,) if isinstance(averages, AveragedModel) else tuple(averages)
+    if any(p.dtype in SIXTEEN_BITS for mean in means for p in mean.parameters()):
+        raise ModelError(
+            "an AveragedModel has 16-bit weights: it was made from a converted model; make it before prepare()"
+        )
     stepper = Stepper(
         model, optimizers, accumulate=accumulate, clip=clip, schedulers=tuple(chosen), averages=means, profile=profile
     )
