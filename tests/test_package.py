@@ -39,6 +39,7 @@ SPINE = [
     "conversion",
     "control.sensitivity",
     "snapshot",
+    "window",
     "stepper",
     "checkpoint",
     "training",

@@ -10,10 +10,9 @@ Every call returns a StepOutcome: applied, skipped or accumulated, and why. A sk
 scale and the counters of skips: weights, optimizer states, buffers, schedules and averages are as before it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,43 +23,17 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from halfstep.control.controller import Decision, Observation, Recovery, RecoveryRule, decide
-from halfstep.control.monitor import find_first_nonfinite
 from halfstep.control.sensitivity import choose_plan
 from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError, UnsupportedError
 from halfstep.machine.hardware import get_profile
-from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.mechanisms.master_weights import match_states
 from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
-from halfstep.snapshot import Snapshot, copy_buffers, put_back_buffers
-
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
-
-@dataclass
-class _Window:
-    """What has come in since the last update."""
-
-    micro: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    inputs: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # micro-batch -> arguments of the model
-    sums: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # fp32 sums of 16-bit gradients
-    buffers: dict[Tensor, Tensor] | None = None  # as they were before the window
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Verdict:
-    """What the check of a window found."""
-
-    norm: float
-    cause: str = ""
-    tensors: tuple[str, ...] = ()
-    layer: str = ""
-    forward_nonfinite: bool = False
-    nonfinite: bool = False
+from halfstep.snapshot import Snapshot
+from halfstep.window import SIXTEEN_BITS, Verdict, Window
 
 
 class _NotFiniteError(Exception):
@@ -100,9 +73,7 @@ class Stepper:
         self._profile = profile
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
-        self._window = _Window()
-        self._names = {p: name for name, p in model.named_parameters()}
-        self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
+        self._window = Window(model, optimizers)
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
         self._incoming: dict[str, Any] = {}  # optimizer state on its way in
         self.conversion = convert(model, PRESETS["32-true"])
@@ -110,7 +81,7 @@ class Stepper:
         for optimizer in optimizers:
             self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
             self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
-        self._hooks.callback(model.register_forward_pre_hook(self._note_batch, with_kwargs=True).remove)
+        self._hooks.callback(model.register_forward_pre_hook(self._window.note_batch, with_kwargs=True).remove)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -138,12 +109,6 @@ class Stepper:
             finally:
                 self._around = outer
 
-    def _note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._window.inputs[self._window.micro] = (args, kwargs)
-            if self._window.buffers is None:
-                self._window.buffers = copy_buffers(module)
-
     def step(self, loss: Tensor | None = None, *, closure: Callable[[], Tensor] | None = None) -> StepOutcome:
         """Backward, then update unless this is a micro-batch of a window or a gradient is not finite.
 
@@ -159,9 +124,9 @@ class Stepper:
             return self._step_by_closure(loss, closure)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
             raise ModelError("LBFGS evaluates the loss itself; call step(closure=f), where f() returns the loss")
-        self._go_backward(loss)
+        self._window.go_backward(loss, self.scale / self.accumulate)
         if self._window.micro < self.accumulate:
-            self._collect()
+            self._window.collect()
             return self._conclude("accumulated", self.scale)
         return self._finish_window()
 
@@ -172,92 +137,18 @@ class Stepper:
         """
         return self._finish_window() if self._window.micro else None
 
-    def _go_backward(self, loss: Tensor | None) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            given = (
-                f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-                if isinstance(loss, Tensor)
-                else repr(loss)
-            )
-            raise ModelError(
-                f"step() takes the loss: one number that depends on the weights; got {given}; reduce it with .mean() "
-                "and do not detach it"
-            )
-        if self._has_strangers is None:
-            self._has_strangers = _reaches_strangers(loss, {*self._names, *self._find_held()})
-        # another model's gradients stay its own business, as in the generator's step of a GAN
-        inputs = [p for p in self._find_held() if p.requires_grad] if self._has_strangers else None
-        (loss.to(torch.float32) * (self.scale / self.accumulate)).backward(inputs=inputs)
-        self._window.losses.append(loss.detach())
-        self._window.micro += 1
-
-    def _collect(self) -> None:
-        """Move 16-bit gradients of a micro-batch into fp32 sums: adding in bf16 loses what is 256 times smaller."""
-        sums = self._window.sums
-        for parameter in self._find_held():
-            if parameter.grad is not None and (parameter in sums or parameter.grad.dtype in SIXTEEN_BITS):
-                gradient = parameter.grad.to(torch.float32)
-                sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
-                parameter.grad = None
-
-    def _find_held(self) -> list[nn.Parameter]:
-        """The parameters that the optimizers move, in their order."""
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-
     def _finish_window(self) -> StepOutcome:
         if self.accumulate > 1:
-            self._collect()
-        before, gradients = self.scale, self._take_gradients()
+            self._window.collect()
+        before, gradients = self.scale, self._window.take_gradients()
         lift = before * self._window.micro / self.accumulate  # of the gradients above those of the mean
-        verdict = self._inspect(gradients, lift)
+        verdict = self._window.inspect(gradients, lift, self.conversion.autocast)
         if not verdict.cause:
             self._keep_good_state()
             with self._at_reduced_rate():
                 self._update(gradients, self._clip(verdict.norm) / lift)
             self._advance()
         return self._settle(verdict, before)
-
-    def _take_gradients(self) -> dict[nn.Parameter, Tensor]:
-        found = {p: self._window.sums.get(p, p.grad) for p in self._find_held()}
-        return {p: gradient for p, gradient in found.items() if gradient is not None}
-
-    def _inspect(self, gradients: dict[nn.Parameter, Tensor], lift: float) -> _Verdict:
-        """Whether the window may be applied. Nothing but one reduction, unless a number is not finite."""
-        norm, losses = measure_norm(gradients.values(), self._window.losses)
-        bad_loss = next((micro for micro, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if math.isfinite(norm) and bad_loss is None:
-            cause = "" if gradients else "no parameter that the optimizer holds received a gradient"
-            return _Verdict(norm=norm / lift, cause=cause)
-        bad = set(find_nonfinite(gradients))
-        if not bad and bad_loss is None:
-            return _Verdict(norm=measure_norm_slowly(gradients.values()) / lift)
-        tensors = self._name_tensors(bad)
-        if bad_loss is not None:
-            layer = self._find_guilty(bad_loss)
-            first = {"(input)": ": so is the input", "": ""}.get(layer, f", first in the output of '{layer}'")
-            cause = f"the loss is {losses[bad_loss]}{first}"
-        else:
-            layer = tensors[-1].rpartition(".")[0]  # backward meets the last layer first
-            cause = f"{len(tensors)} gradients are not finite, the first on the way back is {tensors[-1]}"
-        return _Verdict(
-            norm=norm / lift,
-            cause=cause,
-            tensors=tensors,
-            layer=layer,
-            forward_nonfinite=bad_loss is not None,
-            nonfinite=True,
-        )
-
-    def _name_tensors(self, bad: set[nn.Parameter]) -> tuple[str, ...]:
-        known = tuple(name for p, name in self._names.items() if p in bad)
-        return ("(a parameter outside the model)",) * (len(bad) > len(known)) + known
-
-    def _find_guilty(self, micro: int) -> str:
-        """The layer where a bad forward pass went wrong, by running it again."""
-        if micro not in self._window.inputs:
-            return ""
-        with self.conversion.autocast():
-            return find_first_nonfinite(self.model, *self._window.inputs[micro])
 
     def _clip(self, norm: float) -> float:
         """The factor that clips, as torch.nn.utils.clip_grad_norm_ does."""
@@ -280,11 +171,11 @@ class Stepper:
                 for average in self.averages:
                     average.update_parameters(self.model)
 
-    def _settle(self, verdict: _Verdict, before: float) -> StepOutcome:
+    def _settle(self, verdict: Verdict, before: float) -> StepOutcome:
         """Scale, counters and recovery after a window; the step's outcome."""
         if verdict.cause:
             self.skipped += 1
-            put_back_buffers(self._window.buffers or {})
+            self._window.put_back()
         can_fall = before > self._rule.floor and self._rule.backoff < 1.0
         if not verdict.forward_nonfinite:  # of which the scale is not guilty
             self._scale = adjust(self._scale, self._rule, found_nonfinite=verdict.nonfinite)
@@ -293,7 +184,7 @@ class Stepper:
             seen = Observation(applied=not verdict.cause, cause=verdict.cause, layer=verdict.layer,
                                forward_nonfinite=verdict.forward_nonfinite, scale_can_fall=can_fall)  # fmt: skip
             self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
-        self._clear_window()
+        self._window.clear()
         if decision.action:
             decision = self._recover(decision, verdict)
         outcome = self._conclude("skipped" if verdict.cause else "applied", before, verdict, decision)
@@ -306,7 +197,7 @@ class Stepper:
         return outcome
 
     def _conclude(
-        self, status: Any, before: float, verdict: _Verdict | None = None, decision: Decision | None = None
+        self, status: Any, before: float, verdict: Verdict | None = None, decision: Decision | None = None
     ) -> StepOutcome:
         outcome = StepOutcome(status=status, step=self.applied, scale_before=before, scale_after=self.scale)
         if verdict:
@@ -325,9 +216,9 @@ class Stepper:
             masters = self.conversion.masters
             self._good = self.applied, Snapshot(self.model, masters, self.optimizers, self.schedulers)
             # the buffers have seen this window's forward pass already
-            self._good[1].buffers.update(self._window.buffers or {})
+            self._good[1].buffers.update(self._window.buffers)
 
-    def _recover(self, decision: Decision, verdict: _Verdict) -> Decision:
+    def _recover(self, decision: Decision, verdict: Verdict) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
         if decision.action == "roll-back" and self._good is not None:
             applied, snapshot = self._good
@@ -379,27 +270,27 @@ class Stepper:
             raise ModelError(
                 "a closure needs one optimizer and accumulate=1: it evaluates the whole loss again and again"
             )
-        masters, before, verdict = self.conversion.masters, self.scale, _Verdict(norm=0.0)
+        masters, before, verdict = self.conversion.masters, self.scale, Verdict()
         snapshot = Snapshot(self.model, masters, self.optimizers, self.schedulers)
-        snapshot.buffers.update(self._window.buffers or {})
+        snapshot.buffers.update(self._window.buffers)
 
         def take() -> dict[nn.Parameter, Tensor]:
             """The gradients of what has just gone backward, checked, unscaled and clipped, in full precision."""
             nonlocal verdict
-            gradients = self._take_gradients()
-            verdict = self._inspect(gradients, before)
-            self._clear_window()
+            gradients = self._window.take_gradients()
+            verdict = self._window.inspect(gradients, before, self.conversion.autocast)
+            self._window.clear()
             if verdict.cause:
                 raise _NotFiniteError
             factor = self._clip(verdict.norm) / before
             return {p: (g.to(torch.float32) if p in masters else g) * factor for p, g in gradients.items()}
 
         def evaluate() -> float:
-            self._clear_window()
+            self._window.clear()
             with masters.narrowed(), torch.enable_grad():
                 with self.autocast():
                     value = closure()
-                self._go_backward(value)
+                self._window.go_backward(value, self.scale)
                 gradients = take()
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
@@ -407,7 +298,7 @@ class Stepper:
 
         try:
             if loss is not None:
-                self._go_backward(loss)
+                self._window.go_backward(loss, self.scale)
             first = take() if loss is not None else {}
             with masters.widened(), self._at_reduced_rate():
                 for parameter, gradient in first.items():
@@ -416,17 +307,10 @@ class Stepper:
             self._advance()
         except BaseException as error:
             snapshot.put_back()
-            self._clear_window()
+            self._window.clear()
             if not isinstance(error, _NotFiniteError):
                 raise
         return self._settle(verdict, before)
-
-    def _clear_window(self) -> None:
-        self._window = _Window()
-        for parameter in self._names:
-            parameter.grad = None
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     def wait_for_batch(self) -> None:
         """Choose the plan when the first training batch arrives, just before the model sees it."""
@@ -514,21 +398,15 @@ class Stepper:
         Inside an accumulation window it holds the gradients so far, by the optimizers' order of parameters, and the
         buffers from before the window.
         """
-        window, held = self._window, self._find_held()
         return {
             "plan": str(self.plan) if self._waiting is None else None,
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._recovery),
             "applied": self.applied,
             "skipped": self.skipped,
-            "micro": window.micro,
-            "window": None if not window.micro else {
-                "losses": [float(loss) for loss in window.losses],
-                "sums": {i: window.sums[p] for i, p in enumerate(held) if p in window.sums},
-                "gradients": {i: p.grad for i, p in enumerate(held) if p.grad is not None},
-                "buffers": list((window.buffers or {}).values()),
-            },
-        }  # fmt: skip
+            "micro": self._window.micro,
+            "window": self._window.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put a saved state in force, its plan included.
@@ -536,7 +414,7 @@ class Stepper:
         Raises PlanError when the state was saved inside an accumulation window and does not hold its gradients, or
         the window is longer than this stepper's.
         """
-        self._clear_window()
+        self._window.clear()
         window = state.get("window")
         if state["micro"] and (window is None or state["micro"] >= self.accumulate):
             raise PlanError(
@@ -554,20 +432,7 @@ class Stepper:
         self._scale = LossScale(**state["loss_scale"])
         self._recovery = Recovery(**state.get("recovery", {}))
         self.applied, self.skipped = state["applied"], state["skipped"]
-        if state["micro"]:
-            self._load_window(state["micro"], state["window"])
-
-    def _load_window(self, micro: int, saved: dict[str, Any]) -> None:
-        held = self._find_held()
-        device = held[0].device
-        self._window.micro = micro
-        self._window.losses = [torch.tensor(loss, device=device) for loss in saved["losses"]]
-        self._window.sums = {held[i]: value.to(held[i].device) for i, value in saved["sums"].items()}
-        for i, value in saved["gradients"].items():
-            held[i].grad = value.to(held[i].device, held[i].dtype)
-        if saved["buffers"]:
-            before = zip(self.model.buffers(), saved["buffers"], strict=True)
-            self._window.buffers = {buffer: value.to(buffer.device) for buffer, value in before}
+        self._window.load_state_dict(window)
 
     def _before_load(self, _optimizer: Optimizer, state: dict[str, Any]) -> None:
         self._incoming = state
@@ -581,21 +446,6 @@ class Stepper:
                         if isinstance(value, Tensor) and key != "step":
                             optimizer.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
         self._incoming = {}
-
-
-def _reaches_strangers(loss: Tensor, own: set[nn.Parameter]) -> bool:
-    """Whether the graph of a loss ends in parameters that are not `own`."""
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and leaf not in own:
-            return True
-        waiting += [next_node for next_node, _ in node.next_functions]
-    return False
 
 
 def prepare(

@@ -1,0 +1,195 @@
+"""What comes in between two updates: micro-batches, their losses and gradients; and whether it may be applied.
+
+The first forward pass of a window notes the buffers, so that a window that is not applied can leave no trace; each forward
+pass notes its arguments, so that one that fails can be run again to see where. When nothing fails, looking costs one
+reduction over gradients and losses.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from halfstep.control.monitor import find_first_nonfinite
+from halfstep.errors import ModelError
+from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
+from halfstep.snapshot import copy_buffers, put_back_buffers
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the check of a window found; it may be applied when `cause` is empty."""
+
+    norm: float = 0.0  # of the unscaled gradients
+    cause: str = ""
+    tensors: tuple[str, ...] = ()
+    layer: str = ""
+    forward_nonfinite: bool = False
+    nonfinite: bool = False
+
+
+class Window:
+    """The micro-batches since the last update, and the gradients they left."""
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        self.model, self.optimizers = model, tuple(optimizers)
+        self.names = {p: name for name, p in model.named_parameters()}
+        self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
+        self._empty()
+
+    def _empty(self) -> None:
+        self.micro = 0  # micro-batches that are in
+        self.buffers: dict[Tensor, Tensor] = {}  # as they were before the window
+        self._losses: list[Tensor] = []
+        self._inputs: dict[int, tuple[Any, Any]] = {}  # micro-batch -> arguments of the model
+        self._sums: dict[nn.Parameter, Tensor] = {}  # fp32 sums of 16-bit gradients
+
+    @property
+    def held(self) -> list[nn.Parameter]:
+        """The parameters that the optimizers move, in their order."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's forward pre-hook."""
+        if module.training and torch.is_grad_enabled():
+            if not self._inputs:
+                self.buffers = copy_buffers(module)
+            self._inputs[self.micro] = (args, kwargs)
+
+    def go_backward(self, loss: Tensor | None, factor: float) -> None:
+        """Backward of loss * factor. An error on the way, as for lack of memory, drops the whole window."""
+        loss = _require_loss(loss)
+        if self._has_strangers is None:
+            self._has_strangers = _reaches_strangers(loss, {*self.names, *self.held})
+        # another model's gradients stay its own business, as in the generator's step of a GAN
+        inputs = [p for p in self.held if p.requires_grad] if self._has_strangers else None
+        try:
+            (loss.to(torch.float32) * factor).backward(inputs=inputs)
+        except BaseException:
+            put_back_buffers(self.buffers)
+            self.clear()
+            raise
+        self._losses.append(loss.detach())
+        self.micro += 1
+
+    def collect(self) -> None:
+        """Move 16-bit gradients of a micro-batch into fp32 sums: adding in bf16 loses what is 256 times smaller."""
+        sums = self._sums
+        for parameter in self.held:
+            if parameter.grad is not None and (parameter in sums or parameter.grad.dtype in SIXTEEN_BITS):
+                gradient = parameter.grad.to(torch.float32)
+                sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+                parameter.grad = None
+
+    def take_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The sums over the window, of every parameter that received a gradient."""
+        found = {p: self._sums.get(p, p.grad) for p in self.held}
+        return {p: gradient for p, gradient in found.items() if gradient is not None}
+
+    def inspect(
+        self, gradients: dict[nn.Parameter, Tensor], lift: float, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Verdict:
+        """Whether the window may be applied. lift: the gradients over those of the mean loss."""
+        norm, losses = measure_norm(gradients.values(), self._losses)
+        bad_loss = next((micro for micro, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if math.isfinite(norm) and bad_loss is None:
+            cause = "" if gradients else "no parameter that the optimizer holds received a gradient"
+            return Verdict(norm=norm / lift, cause=cause)
+        tensors = self._name_tensors(set(find_nonfinite(gradients)))
+        if bad_loss is not None:
+            layer = self._find_guilty(bad_loss, autocast)
+            first = {"(input)": ": so is the input", "": ""}.get(layer, f", first in the output of '{layer}'")
+            cause = f"the loss is {losses[bad_loss]}{first}"
+        elif tensors:
+            layer = tensors[-1].rpartition(".")[0]  # backward meets the last layer first
+            cause = f"{len(tensors)} gradients are not finite, the first on the way back is {tensors[-1]}"
+        else:
+            return Verdict(norm=measure_norm_slowly(gradients.values()) / lift)
+        return Verdict(norm=norm / lift, cause=cause, tensors=tensors, layer=layer,
+                       forward_nonfinite=bad_loss is not None, nonfinite=True)  # fmt: skip
+
+    def _name_tensors(self, bad: set[nn.Parameter]) -> tuple[str, ...]:
+        known = tuple(name for p, name in self.names.items() if p in bad)
+        return ("(a parameter outside the model)",) * (len(bad) > len(known)) + known
+
+    def _find_guilty(self, micro: int, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
+        """The layer where a bad forward pass went wrong, by running it again."""
+        if micro not in self._inputs:
+            return ""
+        try:
+            with autocast():
+                return find_first_nonfinite(self.model, *self._inputs[micro])
+        except Exception:  # an explanation that cannot be had must not end the run
+            return ""
+
+    def put_back(self) -> None:
+        """Make the buffers what they were before the window."""
+        put_back_buffers(self.buffers)
+
+    def clear(self) -> None:
+        """Begin anew, without gradients."""
+        self._empty()
+        for parameter in self.names:
+            parameter.grad = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """A window that is open: losses, gradients by the optimizers' order of parameters, and the buffers before it."""
+        if not self.micro:
+            return None
+        return {
+            "losses": [float(loss) for loss in self._losses],
+            "sums": {i: self._sums[p] for i, p in enumerate(self.held) if p in self._sums},
+            "gradients": {i: p.grad for i, p in enumerate(self.held) if p.grad is not None},
+            "buffers": list(self.buffers.values()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on in the middle of a window."""
+        self.clear()
+        if state is None:
+            return
+        held = self.held
+        self.micro = len(state["losses"])
+        self._losses = [torch.tensor(loss, device=held[0].device) for loss in state["losses"]]
+        self._inputs = {-1: ((), {})}  # the window's first forward pass was before
+        self._sums = {held[i]: value.to(held[i].device) for i, value in state["sums"].items()}
+        for i, value in state["gradients"].items():
+            held[i].grad = value.to(held[i].device, held[i].dtype)
+        pairs = zip(self.model.buffers(), state["buffers"], strict=True)
+        self.buffers = {buffer: value.to(buffer.device) for buffer, value in pairs}
+
+
+def _require_loss(loss: Tensor | None) -> Tensor:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return loss
+    given = repr(loss)
+    if isinstance(loss, Tensor):
+        given = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+    raise ModelError(
+        f"step() takes the loss: one number that depends on the weights; got {given}; reduce it with .mean() and do not "
+        "detach it"
+    )
+
+
+def _reaches_strangers(loss: Tensor, own: set[nn.Parameter]) -> bool:
+    """Whether the graph of a loss ends in parameters that are not `own`."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and leaf not in own:
+            return True
+        waiting += [next_node for next_node, _ in node.next_functions]
+    return False
