@@ -33,7 +33,7 @@ from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
 from halfstep.snapshot import Snapshot
-from halfstep.window import SIXTEEN_BITS, Verdict, Window
+from halfstep.window import SIXTEEN_BITS, Finding, Window
 
 
 class _NotFiniteError(Exception):
@@ -142,13 +142,13 @@ class Stepper:
             self._window.collect()
         before, gradients = self.scale, self._window.take_gradients()
         lift = before * self._window.micro / self.accumulate  # of the gradients above those of the mean
-        verdict = self._window.inspect(gradients, lift, self.conversion.autocast)
-        if not verdict.cause:
+        finding = self._window.inspect(gradients, lift, self.conversion.autocast)
+        if not finding.cause:
             self._keep_good_state()
             with self._at_reduced_rate():
-                self._update(gradients, self._clip(verdict.norm) / lift)
+                self._update(gradients, self._clip(finding.norm) / lift)
             self._advance()
-        return self._settle(verdict, before)
+        return self._settle(finding, before)
 
     def _clip(self, norm: float) -> float:
         """The factor that clips, as torch.nn.utils.clip_grad_norm_ does."""
@@ -171,23 +171,23 @@ class Stepper:
                 for average in self.averages:
                     average.update_parameters(self.model)
 
-    def _settle(self, verdict: Verdict, before: float) -> StepOutcome:
+    def _settle(self, finding: Finding, before: float) -> StepOutcome:
         """Scale, counters and recovery after a window; the step's outcome."""
-        if verdict.cause:
+        if finding.cause:
             self.skipped += 1
             self._window.put_back()
         can_fall = before > self._rule.floor and self._rule.backoff < 1.0
-        if not verdict.forward_nonfinite:  # of which the scale is not guilty
-            self._scale = adjust(self._scale, self._rule, found_nonfinite=verdict.nonfinite)
+        if not finding.forward_nonfinite:  # of which the scale is not guilty
+            self._scale = adjust(self._scale, self._rule, found_nonfinite=finding.nonfinite)
         decision = Decision()
-        if verdict.nonfinite or not verdict.cause:
-            seen = Observation(applied=not verdict.cause, cause=verdict.cause, layer=verdict.layer,
-                               forward_nonfinite=verdict.forward_nonfinite, scale_can_fall=can_fall)  # fmt: skip
+        if finding.nonfinite or not finding.cause:
+            seen = Observation(applied=not finding.cause, cause=finding.cause, layer=finding.layer,
+                               forward_nonfinite=finding.forward_nonfinite, scale_can_fall=can_fall)  # fmt: skip
             self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
         self._window.clear()
         if decision.action:
-            decision = self._recover(decision, verdict)
-        outcome = self._conclude("skipped" if verdict.cause else "applied", before, verdict, decision)
+            decision = self._recover(decision, finding)
+        outcome = self._conclude("skipped" if finding.cause else "applied", before, finding, decision)
         if decision.action == "stop":
             raise TrainingError(
                 f"training stopped at applied step {self.applied}: {decision.why}. The loss scale is {self.scale:g}; the "
@@ -197,12 +197,12 @@ class Stepper:
         return outcome
 
     def _conclude(
-        self, status: Any, before: float, verdict: Verdict | None = None, decision: Decision | None = None
+        self, status: Any, before: float, finding: Finding | None = None, decision: Decision | None = None
     ) -> StepOutcome:
         outcome = StepOutcome(status=status, step=self.applied, scale_before=before, scale_after=self.scale)
-        if verdict:
-            outcome = replace(outcome, cause=verdict.cause, tensors=verdict.tensors, gradient_norm=verdict.norm,
-                              layer=verdict.layer, forward_nonfinite=verdict.forward_nonfinite)  # fmt: skip
+        if finding:
+            outcome = replace(outcome, cause=finding.cause, tensors=finding.tensors, gradient_norm=finding.norm,
+                              layer=finding.layer, forward_nonfinite=finding.forward_nonfinite)  # fmt: skip
         if decision and decision.action:
             outcome = replace(outcome, recovery=f"{decision.action}: {decision.why}")
         self.outcome = outcome
@@ -218,7 +218,7 @@ class Stepper:
             # the buffers have seen this window's forward pass already
             self._good[1].buffers.update(self._window.buffers)
 
-    def _recover(self, decision: Decision, verdict: Verdict) -> Decision:
+    def _recover(self, decision: Decision, finding: Finding) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
         if decision.action == "roll-back" and self._good is not None:
             applied, snapshot = self._good
@@ -229,7 +229,7 @@ class Stepper:
             decision = replace(decision, action="stop", why=f"{decision.why}; there is no good state to go back to")
         elif decision.action == "widen":
             try:
-                layers = self._widen(verdict.layer, decision.why)
+                layers = self._widen(finding.layer, decision.why)
                 decision = replace(decision, why=f"{decision.why}; now in fp32: {', '.join(layers)}")
             except HalfstepError as error:
                 decision = replace(decision, action="stop", why=f"{decision.why}; it cannot be widened: {error}")
@@ -270,19 +270,19 @@ class Stepper:
             raise ModelError(
                 "a closure needs one optimizer and accumulate=1: it evaluates the whole loss again and again"
             )
-        masters, before, verdict = self.conversion.masters, self.scale, Verdict()
+        masters, before, finding = self.conversion.masters, self.scale, Finding()
         snapshot = Snapshot(self.model, masters, self.optimizers, self.schedulers)
         snapshot.buffers.update(self._window.buffers)
 
         def take() -> dict[nn.Parameter, Tensor]:
             """The gradients of what has just gone backward, checked, unscaled and clipped, in full precision."""
-            nonlocal verdict
+            nonlocal finding
             gradients = self._window.take_gradients()
-            verdict = self._window.inspect(gradients, before, self.conversion.autocast)
+            finding = self._window.inspect(gradients, before, self.conversion.autocast)
             self._window.clear()
-            if verdict.cause:
+            if finding.cause:
                 raise _NotFiniteError
-            factor = self._clip(verdict.norm) / before
+            factor = self._clip(finding.norm) / before
             return {p: (g.to(torch.float32) if p in masters else g) * factor for p, g in gradients.items()}
 
         def evaluate() -> float:
@@ -310,7 +310,7 @@ class Stepper:
             self._window.clear()
             if not isinstance(error, _NotFiniteError):
                 raise
-        return self._settle(verdict, before)
+        return self._settle(finding, before)
 
     def wait_for_batch(self) -> None:
         """Choose the plan when the first training batch arrives, just before the model sees it."""

@@ -24,7 +24,7 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Finding:
     """What the check of a window found; it may be applied when `cause` is empty."""
 
     norm: float = 0.0  # of the unscaled gradients
@@ -95,13 +95,13 @@ class Window:
 
     def inspect(
         self, gradients: dict[nn.Parameter, Tensor], lift: float, autocast: Callable[[], AbstractContextManager[Any]]
-    ) -> Verdict:
+    ) -> Finding:
         """Whether the window may be applied. lift: the gradients over those of the mean loss."""
         norm, losses = measure_norm(gradients.values(), self._losses)
         bad_loss = next((micro for micro, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if math.isfinite(norm) and bad_loss is None:
             cause = "" if gradients else "no parameter that the optimizer holds received a gradient"
-            return Verdict(norm=norm / lift, cause=cause)
+            return Finding(norm=norm / lift, cause=cause)
         tensors = self._name_tensors(set(find_nonfinite(gradients)))
         if bad_loss is not None:
             layer = self._find_guilty(bad_loss, autocast)
@@ -111,8 +111,8 @@ class Window:
             layer = tensors[-1].rpartition(".")[0]  # backward meets the last layer first
             cause = f"{len(tensors)} gradients are not finite, the first on the way back is {tensors[-1]}"
         else:
-            return Verdict(norm=measure_norm_slowly(gradients.values()) / lift)
-        return Verdict(norm=norm / lift, cause=cause, tensors=tensors, layer=layer,
+            return Finding(norm=measure_norm_slowly(gradients.values()) / lift)
+        return Finding(norm=norm / lift, cause=cause, tensors=tensors, layer=layer,
                        forward_nonfinite=bad_loss is not None, nonfinite=True)  # fmt: skip
 
     def _name_tensors(self, bad: set[nn.Parameter]) -> tuple[str, ...]:
