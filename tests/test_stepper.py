@@ -1149,7 +1149,9 @@ def test_average_is_taken_from_the_full_precision() -> None:
     for batch in make_regression_batches(4):
         train(stepper, [batch])
         weights.append(copy_weights(model)["0.weight"])
-    torch.testing.assert_close(average.module.get_parameter("0.weight"), torch.stack(weights).mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        average.module.get_parameter("0.weight"), torch.stack(weights).mean(0), rtol=1e-6, atol=1e-7
+    )
     assert model[0].weight.dtype is torch.bfloat16
 
 
