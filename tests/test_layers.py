@@ -1,12 +1,18 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
 from halfstep.conversion import convert
+from halfstep.errors import UnsupportedError
 from halfstep.mechanisms.layers import Gate, Unit, cast_floats, find_kind, make_unit, undo_unit
 from halfstep.plan import KINDS, Plan
-from helpers import make_cnn, make_mlp
+from halfstep.stepper import prepare
+from helpers import copy_weights, make_cnn, make_mlp, seeded
 
 
 @pytest.mark.parametrize(
@@ -178,3 +184,82 @@ def test_two_modules_that_share_a_weight_may_compute_in_two_formats() -> None:
         model(torch.randn(2, 4))
     assert set(audit.computed["0"]) == {"bf16"}
     assert set(audit.computed["1"]) == {"fp16"}
+
+
+# --- a loss scale for each layer
+
+LAYERWISE = "loss_scale=layer\nkind=linear compute=fp16 cast=unit\nkind=conv compute=fp16 cast=unit"
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.Linear(12, 7), (5, 12)),
+        (lambda: nn.Linear(12, 7, bias=False), (2, 5, 12)),
+        (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), (3, 6, 8, 8)),
+        (lambda: nn.Conv1d(6, 4, 3, stride=2), (3, 6, 11)),
+        (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2), (3, 6, 5, 5)),
+    ],
+)
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**-30, 1.0, 2.0**30, 2.0**60])
+def test_layer_scale_gives_the_gradients_of_fp32_at_any_size(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], size: float
+) -> None:
+    with seeded(0):
+        layer, x = build(), torch.randn(shape)
+        upstream = torch.randn_like(layer(x)) * size
+    results = []
+    for plan in ("32-true", LAYERWISE):
+        with convert(layer, Plan.parse(plan)):
+            inputs = x.clone().requires_grad_()
+            layer(inputs).backward(upstream)
+            results.append([inputs.grad, *(p.grad for p in layer.parameters())])
+            layer.zero_grad()
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype is torch.float32
+        error = (actual - expected).norm() / expected.norm()
+        assert error < 2e-3
+
+
+def test_layer_scale_trains_what_no_single_scale_can() -> None:
+    """Two heads whose gradients are 2^50 apart."""
+
+    def build() -> nn.Module:
+        with seeded(0):
+            return nn.ModuleDict({"large": nn.Linear(4, 1), "small": nn.Linear(4, 1)})
+
+    weights: dict[str, dict[str, Tensor]] = {}
+    skipped = {}
+    for plan in ("32-true", "16-mixed", LAYERWISE):
+        model = build()
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3), plan)
+        for _ in range(40 if plan == "16-mixed" else 1):
+            with stepper.autocast():
+                large, small = (head(torch.ones(8, 4)).float().mean() for head in model.children())
+            stepper.step(2.0**20 * large + 2.0**-30 * small)
+        weights[plan], skipped[plan] = copy_weights(model), stepper.skipped
+    assert skipped == {"32-true": 0, "16-mixed": 40, LAYERWISE: 0}
+    for name, expected in weights["32-true"].items():
+        assert (expected != 0).all()
+        torch.testing.assert_close(weights[LAYERWISE][name], expected, rtol=2e-3, atol=0)
+
+
+def test_layer_scale_with_a_gradient_of_nan_or_zero_stays_what_it_is() -> None:
+    layer = nn.Linear(3, 2)
+    with convert(layer, Plan.parse(LAYERWISE)):
+        layer(torch.ones(1, 3)).backward(torch.zeros(1, 2))
+        assert layer.weight.grad is not None
+        assert not layer.weight.grad.any()
+        layer.zero_grad()
+        layer(torch.ones(1, 3)).backward(torch.tensor([[math.nan, 1.0]]))
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.isnan().any()
+
+
+def test_layer_scale_is_refused_where_it_cannot_be_kept() -> None:
+    with pytest.raises(UnsupportedError, match="cast=unit and storage=fp32"):
+        convert(nn.Sequential(nn.Linear(2, 2)), Plan.parse("loss_scale=layer\ncompute=fp16"))
+    with pytest.raises(UnsupportedError, match="module '0': loss_scale=layer"):
+        convert(nn.Sequential(nn.LSTM(2, 2)), Plan.parse("loss_scale=layer\nkind=recurrent compute=fp16 cast=unit"))

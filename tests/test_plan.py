@@ -312,7 +312,7 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         ("path=a kind=liner", "unknown kind 'liner'; did you mean 'linear'? Allowed: attention, conv, embedding, "),
         ("path=a master=splt", "unknown master 'splt'; did you mean 'split'? Allowed: fp32, none, split"),
         ("path=a cast=ops", "unknown cast 'ops'; did you mean 'op'? Allowed: op, unit"),
-        ("loss_scale=dynamc", "unknown loss_scale 'dynamc'; did you mean 'dynamic'? Allowed: dynamic, none"),
+        ("loss_scale=dynamc", "unknown loss_scale 'dynamc'; did you mean 'dynamic'? Allowed: dynamic, layer, none"),
         ("path=a computee=bf16", "unknown key in a rule 'computee'; did you mean 'compute'? Allowed: cast, compute, "),
         (
             "name=x nme=y",

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
 from halfstep.errors import ModelError, PlanError, UnsupportedError
-from halfstep.mechanisms.layers import DTYPES, Gate, NormUnit, Unit, autocast, find_kind, make_unit, undo_unit
+from halfstep.mechanisms.layers import (
+    DTYPES,
+    Gate,
+    NormUnit,
+    ScaledUnit,
+    Unit,
+    autocast,
+    find_kind,
+    make_unit,
+    undo_unit,
+)
 from halfstep.mechanisms.master_weights import MasterWeights
 from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Resolution, Settings
@@ -140,6 +150,8 @@ class Conversion:
         unit: type[Unit]
         if find_kind(module) == "norm" and settings.storage != "fp32":
             unit, output = NormUnit, output or settings.compute
+        elif self.plan.loss_scale == "layer" and settings.compute == "fp16":
+            unit = ScaledUnit
         elif settings.cast == "unit":
             unit = Unit if find_kind(module) in UNITS else Gate
         elif path and settings.compute != around:
@@ -218,10 +230,22 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
     """What `convert` would do, checked and not yet done; raises what `convert` raises."""
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
-    for path, settings in resolution.table.items():
-        _require_possible(path, settings)
+    for path, module in model.named_modules():
+        _require_possible(path, resolution.table[path])
+        if plan.loss_scale == "layer":
+            _require_scalable(path, module, resolution.table[path])
     device_type = next((p.device.type for p in model.parameters()), "cpu")
     return Conversion(model, plan, resolution, device_type)
+
+
+def _require_scalable(path: str, module: nn.Module, settings: Settings) -> None:
+    scalable = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and settings.cast == "unit"
+    if settings.compute == "fp16" and not (scalable and settings.storage == "fp32"):
+        raise UnsupportedError(
+            f"module '{path}': loss_scale=layer scales the products of linear and convolution layers with cast=unit and "
+            f"storage=fp32; got {type(module).__name__} with cast={settings.cast} storage={settings.storage}; give such "
+            "modules compute=fp32"
+        )
 
 
 def _require_possible(path: str, settings: Settings) -> None:

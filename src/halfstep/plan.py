@@ -38,7 +38,7 @@ SCHEMA = 1
 KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
 MASTERS = ("fp32", "split", "none")
 CASTS = ("op", "unit")
-LOSS_SCALES = ("none", "dynamic")
+LOSS_SCALES = ("none", "dynamic", "layer")
 HEAD = ("name", "loss_scale", "recovery")  # keys of the plan itself
 RECOVERIES = ("skip", "back-off", "roll-back", "widen", "stop")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +74,73 @@ class Gate(Unit):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, _, _, output = self._halfstep
         return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
+
+
+class ScaledUnit(Unit):
+    """A linear or convolution unit whose backward products are scaled by themselves, for gradients that no one scale for
+    all layers can lift above fp16's floor (2^-24) and keep below its largest number (65504).
+
+        s               = the largest power of two for which no product can overflow
+        g               -> fp16(s g)
+        grad_input      = fp16(s g) W / s          grad_weight = fp16(s g)^T x / s          / s in fp32, exact
+
+    Between layers gradients travel in fp32, unscaled, so branches and joins need no care; that is where this differs
+    from Zhao et al. 2019 (arXiv 1910.12385), who carry the scale along. The bound on s is theirs (section 3.3: 65504 over the
+    number of terms times the largest product), taken from the largest magnitudes of g, W and x at every step.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _, _, _, output = self._halfstep
+        (x,) = (*args, *kwargs.values())
+        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
+        stored, cell = dict(parameters), _Cell()
+        parameters.update({name: _Lower.apply(p, cell) for name, p in stored.items() if p is not None})
+        try:
+            y = super().forward(_Lower.apply(x.to(torch.float32), cell))
+        finally:
+            parameters.update(stored)
+        weight, channels = stored["weight"], -1 - len(getattr(self, "kernel_size", ()))  # the place of the channels
+        terms = weight.numel() / x.shape[channels], y.numel() / y.shape[channels]
+        cell.bounds = [weight.detach().abs().amax() * terms[0], x.detach().abs().amax().clamp_min(1.0) * terms[1]]
+        return _Lift.apply(y, cell).to(DTYPES[output or "fp32"])
+
+
+class _Cell:
+    """What the backward pass of one call of a ScaledUnit shares."""
+
+    bounds: list[Tensor]  # the largest sums that a gradient of 1 can lead to
+    scale: Tensor
+
+
+class _Lower(torch.autograd.Function):
+    """The identity; its gradient is divided by the cell's scale."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, cell: _Cell) -> Tensor:
+        context.cell = cell
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / context.cell.scale, None
+
+
+class _Lift(torch.autograd.Function):
+    """fp16 to fp32; chooses the cell's scale for the gradient that comes back, and multiplies by it."""
+
+    @staticmethod
+    def forward(context: Any, y: Tensor, cell: _Cell) -> Tensor:
+        context.cell, context.dtype = cell, y.dtype
+        return y.to(torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        cell: _Cell = context.cell
+        largest = gradients[0].abs().amax() * torch.stack([*cell.bounds, torch.ones_like(cell.bounds[0])]).amax()
+        cell.scale = torch.exp2(torch.floor(torch.log2(torch.finfo(context.dtype).max / largest)).clamp(-100, 100))
+        return (gradients[0] * cell.scale).to(context.dtype), None
 
 
 class NormUnit(Unit):
