@@ -85,7 +85,7 @@ class ScaledUnit(Unit):
         grad_input      = fp16(s g) W / s          grad_weight = fp16(s g)^T x / s          / s in fp32, exact
 
     Between layers gradients travel in fp32, unscaled, so branches and joins need no care; that is where this differs
-    from Zhao et al. 2019 (arXiv 1910.12385), who carry the scale along. The bound on s is theirs (section 3.3: 65504 over the
+    from Zhao et al. 2019 (arXiv 1910.12385), who carry the scale along. The bound on s is theirs (65504 over the
     number of terms times the largest product), taken from the largest magnitudes of g, W and x at every step.
     """
 
