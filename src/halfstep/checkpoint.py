@@ -11,12 +11,17 @@ Schema 1 had no checksum; its files are still read.
 
 The file is written beside its place, forced to disk and renamed over the old one, and the rename is forced to disk too,
 so that at every moment, also when the power fails, one complete checkpoint is there.
+
+A checkpoint holds weights in fp32 and the plan they were trained under. `change_plan` goes on under another one, and
+counts what that rounds.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from halfstep.errors import CheckpointError
+from halfstep.plan import PRESETS, Plan
+from halfstep.stepper import Stepper, read_plan
 
 SCHEMA = 2
 READABLE = (1, 2)
@@ -86,7 +93,7 @@ def compute_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -165,3 +172,77 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged ({error!r}); use an older copy") from None
     return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How many numbers of a model and its optimizer a change of plan has changed, and the largest relative change."""
+
+    weights: int
+    weights_changed: int
+    weights_largest: float  # largest |after - before| / |before|
+    states: int
+    states_changed: int
+    states_largest: float
+
+    def __str__(self) -> str:
+        parts = [
+            f"{changed:,} of {numbers:,} {noun} were rounded, by up to {100 * largest:.2g} %"
+            for noun, numbers, changed, largest in (
+                ("weights", self.weights, self.weights_changed, self.weights_largest),
+                ("optimizer states", self.states, self.states_changed, self.states_largest),
+            )
+            if changed
+        ]
+        return "; ".join(parts) or "nothing was rounded"
+
+
+def change_plan(stepper: Stepper, plan: Plan | str, why: str = "") -> Rounding:
+    """Put another plan in force, as `Stepper.adopt` does, and count what it rounds; the plan record's `why` says it too.
+
+    plan: what `prepare` takes. "auto" goes to fp32 and chooses when the next batch arrives.
+
+    Examples:
+        >>> from halfstep.stepper import prepare
+        >>> layer = torch.nn.Linear(64, 64)
+        >>> stepper = prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.1), "bf16-mixed")
+        >>> str(change_plan(stepper, "compute=bf16 storage=bf16 master=split"))
+        'nothing was rounded'
+        >>> change_plan(stepper, "bf16-true").weights_largest <= 2**-8
+        True
+
+    Raises what `Stepper.adopt` raises; the plan before stays in force then.
+    """
+    weights, states = (list(tensors) for tensors in _copy_numbers(stepper))
+    stepper.adopt(PRESETS["32-true"] if plan == "auto" else read_plan(plan))
+    weights_now, states_now = _copy_numbers(stepper)
+    changed = [_count_changes(weights, weights_now), _count_changes(states, states_now)]
+    rounding = Rounding(
+        weights=sum(t.numel() for t in weights), weights_changed=changed[0][0], weights_largest=changed[0][1],
+        states=sum(t.numel() for t in states), states_changed=changed[1][0], states_largest=changed[1][1],
+    )  # fmt: skip
+    if stepper.plan_record is not None:
+        stepper.plan_record = replace(stepper.plan_record, why=f"{why}: {rounding}" if why else str(rounding))
+    if plan == "auto":
+        stepper.wait_for_batch()
+    return rounding
+
+
+def _copy_numbers(stepper: Stepper) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+    """Weights, from their fp32 truth where one is kept, and optimizer states; always in the same order."""
+    held, names = stepper.model.state_dict(), [name for name, _ in stepper.model.named_parameters()]
+    states = [value for state in stepper.optimizer.state.values() for _, value in sorted(state.items())]
+    floats = [value for value in states if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return (held[name].detach().clone() for name in names), (value.clone() for value in floats)
+
+
+def _count_changes(before: list[torch.Tensor], after: Iterator[torch.Tensor]) -> tuple[int, float]:
+    """Numbers that differ, and the largest relative difference."""
+    count, largest = 0, 0.0
+    for old, new in zip(before, after, strict=True):
+        differs = (old != new) & ~(old.isnan() & new.isnan())
+        if bool(differs.any()):
+            was, now = old[differs].double(), new[differs].double()
+            count += was.numel()
+            largest = max(largest, float(((now - was) / was).abs().max()))
+    return count, largest
