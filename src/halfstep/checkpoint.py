@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,21 +109,32 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps({"schema": SCHEMA, "state": pack(state, tensors)})
     header = {"halfstep": text, "sha256": compute_digest(text, tensors)}
-    temporary = path.with_name(path.name + ".part")
+    beside = path.with_name(
+        path.name + ".part"
+    )  # a folder, since safetensors writes through a file with a name of its own
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(beside)
+        beside.mkdir(parents=True)
+        temporary = beside / path.name
         save_file(tensors, temporary, metadata=header)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = f"; the checkpoint before is kept in {path}" if path.exists() else ""
         raise CheckpointError(
             f"checkpoint {path} cannot be written: {error}{kept}; free some space or choose another folder"
         ) from None
+    finally:
+        _clear(beside)
     force_to_disk(path.parent)
+
+
+def _clear(folder: Path) -> None:
+    """Take away what a save that was killed has left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.unlink()  # schema 1 was written through a file of this name
 
 
 def force_to_disk(folder: Path) -> None:
