@@ -581,6 +581,7 @@ def test_run_goes_on_under_another_plan_from_fp32_and_says_what_was_rounded(
             assert torch.equal(now, then)
         assert (rounding.weights_changed, rounding.states_changed, str(rounding)) == (0, 0, "nothing was rounded")
     assert rounding.weights == sum(w.numel() for w in weights.values())
+    assert rounding.states == sum(state.numel() for state in states)
     drive(second)
     (record,) = [r for r in records.read(second.record) if isinstance(r, PlanRecord)][1:]
     name = first.stepper.plan.name or "an unnamed plan"

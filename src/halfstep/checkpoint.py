@@ -243,9 +243,13 @@ def change_plan(stepper: Stepper, plan: Plan | str, why: str = "") -> Rounding:
 def _copy_numbers(stepper: Stepper) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
     """Weights, from their fp32 truth where one is kept, and optimizer states; always in the same order."""
     held, names = stepper.model.state_dict(), [name for name, _ in stepper.model.named_parameters()]
-    states = [value for state in stepper.optimizer.state.values() for _, value in sorted(state.items())]
-    floats = [value for value in states if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    return (held[name].detach().clone() for name in names), (value.clone() for value in floats)
+    states = [
+        value
+        for state in stepper.optimizer.state.values()
+        for key, value in sorted(state.items())
+        if isinstance(value, torch.Tensor) and key != "step"
+    ]
+    return (held[name].detach().clone() for name in names), (value.clone() for value in states)
 
 
 def _count_changes(before: list[torch.Tensor], after: Iterator[torch.Tensor]) -> tuple[int, float]:
