@@ -892,6 +892,18 @@ def test_later_batch_with_nan_is_skipped_and_recorded(tmp_path: Path) -> None:
     assert seen[-1].skipped_steps == 1
 
 
+def test_empty_batch_is_skipped_and_recorded(tmp_path: Path) -> None:
+    class Gap(TinyTask):
+        def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+            x, y = super().make_batch(step)
+            return (x[:0], y[:0]) if step == 5 else (x, y)
+
+    run = begin(open_run(tmp_path, task=Gap()))
+    outcomes = {record.step: record for record in drive(run) if isinstance(record, StepRecord)}
+    assert (outcomes[5].samples, outcomes[6].outcome.cause) == (0, "the loss is nan")
+    assert [outcomes[step].outcome.status for step in (4, 6, 8)] == ["applied", "skipped", "applied"]
+
+
 def test_folder_that_holds_a_run_already_is_refused_and_left_alone(tmp_path: Path) -> None:
     save_run(tmp_path)
     before = (tmp_path / "record.jsonl").read_bytes()
