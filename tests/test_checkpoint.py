@@ -2,6 +2,8 @@ import json
 import math
 import os
 import pickle
+import random
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -234,7 +236,7 @@ def test_missing_checkpoint_is_said_to_be_missing(tmp_path: Path) -> None:
     assert "there is no checkpoint" in say_error(tmp_path / "nothing")
 
 
-def test_checkpoint_that_was_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_that_was_cut_off_at_a_border_is_refused_as_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     save_checkpoint(path, {"w": torch.ones(50), "name": "x"})
     whole = path.read_bytes()
@@ -266,11 +268,126 @@ def test_safetensors_file_of_somebody_else_is_refused(tmp_path: Path, header: st
     say_error(tmp_path / "c")
 
 
-def test_checkpoint_of_another_schema_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    save_file({}, tmp_path / "c", metadata={"halfstep": json.dumps({"schema": 2, "state": {"$pairs": []}})})
+@pytest.mark.parametrize("schema", [0, 3, "2", None, [2]])
+def test_checkpoint_of_another_schema_is_refused_with_both_numbers(tmp_path: Path, schema: object) -> None:
+    save_file({}, tmp_path / "c", metadata={"halfstep": json.dumps({"schema": schema, "state": {"$pairs": []}})})
     message = say_error(tmp_path / "c")
-    assert "has schema 2" in message
-    assert "reads schema 1" in message
+    assert f"has schema {schema}" in message
+    assert "reads schema 1 and 2" in message
+
+
+# --- checksum
+
+SAMPLE = {
+    "name": "x", "numbers": [1, 2.5, None, True], "w": torch.arange(12.0).view(3, 4), "scalar": torch.tensor(3),
+    "narrow": torch.ones(5, dtype=torch.bfloat16), "empty": torch.zeros(0), "mask": torch.tensor([True, False]),
+}  # fmt: skip
+
+
+def find_regions(content: bytes) -> dict[str, tuple[int, int]]:
+    """Where the parts of a checkpoint lie: (first byte, byte behind the last)."""
+    data = 8 + int.from_bytes(content[:8], "little")
+    metadata = content.index(b"__metadata__"), content.index(b"}", content.index(b"sha256")) + 1
+    digest = content.index(b'"sha256":"') + 10
+    return {
+        "length": (0, 8), "metadata": metadata, "digest": (digest, digest + 64), "tensor table": (metadata[1], data),
+        "tensor bytes": (data, len(content)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("region", ["length", "metadata", "digest", "tensor table", "tensor bytes"])
+def test_flipped_bit_is_found_wherever_it_lies(tmp_path: Path, region: str) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, SAMPLE)
+    whole = path.read_bytes()
+    first, behind = find_regions(whole)[region]
+    noise = random.Random(region)
+    for place in noise.sample(range(8 * first, 8 * behind), min(200, 8 * (behind - first))):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError as error:
+            assert str(path) in str(error) and "use an older copy" in str(error) and "\n" not in str(error)
+        else:
+            assert chr(whole[place // 8]) == " ", f"bit {place} is not padding"
+            assert_equal(state, SAMPLE)
+
+
+@given(cut=st.integers(0, 10_000))
+@settings(deadline=None)
+def test_checkpoint_that_was_cut_off_at_any_length_is_refused(
+    cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut.safetensors"
+    save_checkpoint(path, SAMPLE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: cut % len(whole)])
+    say_error(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"2.5", b"3.5"), (b'"F32"', b'"I32"'), (b"[3,4]", b"[4,3]"), (b"sha256", b"sha255"),
+        (b'\\"schema\\": 2', b'\\"schema\\": 1'),
+    ],
+    ids=["number", "dtype", "shape", "checksum taken away", "schema"],
+)  # fmt: skip
+def test_file_that_was_edited_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, SAMPLE)
+    whole = path.read_bytes()
+    assert old in whole
+    path.write_bytes(whole.replace(old, new))
+    assert "its checksum does not match" in say_error(path)
+
+
+def test_tensors_that_changed_places_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"a": torch.zeros(2), "b": torch.ones(2)})
+    path.write_bytes(
+        path.read_bytes().replace(b'"0":{', b'"9":{').replace(b'"1":{', b'"0":{').replace(b'"9":{', b'"1":{')
+    )
+    assert "its checksum does not match" in say_error(path)
+
+
+def test_checkpoint_of_schema_1_which_has_no_checksum_is_read(tmp_path: Path) -> None:
+    taken: dict[str, Tensor] = {}
+    content = {"schema": 1, "state": pack(SAMPLE, taken)}
+    save_file(taken, tmp_path / "c", metadata={"halfstep": json.dumps(content)})
+    assert_equal(load_checkpoint(tmp_path / "c"), SAMPLE)
+
+
+def test_file_and_folder_are_forced_to_disk_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    force, rename = os.fsync, Path.replace
+
+    def note_force(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        force(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_force)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    save_checkpoint(tmp_path / "run" / "c", {"number": 1})
+    assert events == ["file", "rename", "folder"]
+
+
+def test_folder_that_cannot_be_forced_to_disk_is_left_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object, _flags: int) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        save_checkpoint(tmp_path / "c", {"number": 1})
+    assert load_checkpoint(tmp_path / "c") == {"number": 1}
 
 
 def test_checkpoint_whose_tensor_is_gone_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from halfstep import records
 from halfstep.cli import app
 from halfstep.plan import Plan
-from halfstep.records import EndRecord, EvaluationRecord, HardwareProfile, RunRecord, StepRecord
+from halfstep.records import EndRecord, EvaluationRecord, HardwareProfile, PlanRecord, RunRecord, StepRecord
 
 RECIPE = """
 task = "text-generation"
@@ -181,28 +181,13 @@ class TestTrain:
         assert len(events.Scalars("held_out/bits_per_byte")) == 2
 
     def test_an_interrupted_run_ends_cleanly_and_resumes_bit_for_bit(self, trained: House) -> None:
-        process = trained.start("train", "long.toml", "--out", "cut")
-        record = trained.root / "cut" / "record.jsonl"
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and process.poll() is None:
-            if record.exists() and record.read_text().count('"StepRecord"') >= 3:
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        said, complaints = process.communicate(timeout=120)
-        assert (process.returncode, complaints) == (130, "")
-        assert "--resume cut" in said
-        end = trained.read("cut")[-1]
-        assert isinstance(end, EndRecord)
-        assert end.reason == "interrupted"
-        assert 3 <= end.step < STEPS
-        assert f"stopped after step {end.step} of {STEPS}" in said
-
-        with record.open("a") as file:  # what a crash leaves beyond the checkpoint: a step, and half of another
-            late = next(r for r in trained.read("whole") if isinstance(r, StepRecord) and r.step == end.step + 1)
+        step = interrupt(trained, "cut", signal.SIGINT)
+        with (trained.root / "cut" / "record.jsonl").open("a") as file:
+            # what a crash leaves beyond the checkpoint: a step, and half of another
+            late = next(r for r in trained.read("whole") if isinstance(r, StepRecord) and r.step == step + 1)
             records.append(file, [replace(late, loss=99.0)])
             file.write('{"schema":1,"record":"StepRe')
-        assert f"going on after step {end.step}" in trained.succeed("train", "long.toml", "--resume", "cut")
+        assert f"going on after step {step}" in trained.succeed("train", "long.toml", "--resume", "cut")
         resumed, whole = trained.read("cut"), trained.read("whole")
         assert trained.losses("cut") == trained.losses("whole")
         metrics = [[r.value for r in run if isinstance(r, EvaluationRecord)] for run in (resumed, whole)]
@@ -210,6 +195,57 @@ class TestTrain:
         assert [r.step for r in resumed if isinstance(r, StepRecord)] == list(range(1, STEPS + 1))
         assert sum(isinstance(r, RunRecord) for r in resumed) == 1
         assert sum(isinstance(r, EndRecord) for r in resumed) == 1
+
+    def test_more_signals_do_no_harm_and_the_run_goes_on_in_another_precision(self, trained: House) -> None:
+        step = interrupt(trained, "moved", signal.SIGTERM, signal.SIGINT, signal.SIGTERM)
+        before = (trained.root / "moved" / "record.jsonl").read_bytes()
+        options = ("train", "long.toml", "--resume", "moved", "--precision", "32-true")
+        require_one_line(trained.run(*options, "--seed", "1"), "seed = 0 then, seed = 1 now")
+        assert (trained.root / "moved" / "record.jsonl").read_bytes() == before
+        said = trained.succeed(*options)
+        assert f"going on after step {step}" in said
+        assert "from here on in 32-true: nothing was rounded" in said
+        assert len(trained.losses("moved")) == STEPS
+        assert trained.losses("moved")[:step] == trained.losses("whole")[:step]
+        first, second = (r for r in trained.read("moved") if isinstance(r, PlanRecord))
+        assert (Plan.parse(first.plan).name, Plan.parse(second.plan).name) == ("bf16-mixed", "32-true")
+        assert second.why == f"on resuming after step {step}, in place of bf16-mixed: nothing was rounded"
+
+    def test_resuming_a_finished_run_changes_nothing(self, trained: House) -> None:
+        before = {file.name: file.read_bytes() for file in (trained.root / "whole").iterdir()}
+        assert "this run is finished" in trained.succeed("train", "long.toml", "--resume", "whole")
+        assert {file.name: file.read_bytes() for file in (trained.root / "whole").iterdir()} == before
+
+    def test_a_run_that_was_killed_before_it_saved_starts_again(self, trained: House) -> None:
+        (trained.root / "early").mkdir()
+        with (trained.root / "early" / "record.jsonl").open("w") as file:
+            records.append(file, [r for r in trained.read("whole") if getattr(r, "step", 0) < 9])
+        said = trained.succeed("train", "long.toml", "--resume", "early")
+        assert "nothing was saved yet: starting again at step 0" in said
+        assert trained.losses("early") == trained.losses("whole")
+
+
+def interrupt(house: House, folder: str, *signals: signal.Signals) -> int:
+    """Start a run, send it signals that arrive together, and see it end as it should; gives the step it saved."""
+    process, record = house.start("train", "long.toml", "--out", folder), house.root / folder / "record.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if record.exists() and record.read_text().count('"StepRecord"') >= 3:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    for number in signals:
+        process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    said, complaints = process.communicate(timeout=120)
+    assert (process.returncode, complaints) == (130, "")
+    assert f"--resume {folder}" in said
+    end = house.read(folder)[-1]
+    assert isinstance(end, EndRecord)
+    assert end.reason == "interrupted"
+    assert 3 <= end.step < STEPS
+    assert f"stopped after step {end.step} of {STEPS}" in said
+    return end.step
 
 
 class TestCompare:

@@ -1,3 +1,4 @@
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -38,3 +39,24 @@ def test_the_plan_in_the_documentation_reads(tmp_path: Path) -> None:
 def test_links_between_pages_and_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def list_tests(path: Path) -> set[str]:
+    """Names of a file's tests, as pytest writes them."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}::{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+def test_every_row_of_the_reliability_page_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| (?!fault|---)(.+) \|$", (ROOT / "docs" / "reliability.md").read_text("utf-8"), re.MULTILINE)
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(tests/\w+\.py)::([\w:]+)`", row.split(" | ")[-1])
+        assert named, f"no test shows: {row}"
+        for file, test in named:
+            assert test in list_tests(ROOT / file), f"{file}::{test}"

@@ -350,6 +350,12 @@ class TestProgress:
         assert "3,200 samples/s" in drawn
         assert "scale 8" in drawn
 
+    def test_steps_that_took_no_time_by_a_clock_that_was_set_back_are_shown(self) -> None:
+        console = Console(width=200, file=io.StringIO(), force_terminal=True)
+        follow_run(iter([replace(make_step(1), milliseconds=0.0), RUN[-1]]), 3, BITS, console, None)
+        assert isinstance(console.file, io.StringIO)
+        assert "0 samples/s" in console.file.getvalue()
+
     def test_steps_of_a_comparison_are_counted_and_named(self) -> None:
         console = Console(width=120, file=io.StringIO(), force_terminal=True)
         with follow_comparison(2, console) as notify:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfstep import checkpoint as checkpoint_module
 from halfstep import records
 from halfstep import stepper as stepper_module
-from halfstep.checkpoint import load_checkpoint
+from halfstep import training as training_module
+from halfstep.checkpoint import Rounding, load_checkpoint
 from halfstep.control.sensitivity import Choice
-from halfstep.errors import CheckpointError, DataError, HalfstepError, RecordError
+from halfstep.errors import CheckpointError, DataError, HalfstepError, RecordError, UnsupportedError
 from halfstep.plan import Plan
 from halfstep.records import EndRecord, EvaluationRecord, PlanRecord, Record, RunRecord, StepRecord
 from halfstep.stepper import Stepper, prepare
@@ -248,6 +251,17 @@ def test_model_is_in_training_mode_again_after_an_evaluation(tmp_path: Path) -> 
         assert run.stepper.model.training == isinstance(record, StepRecord)
 
 
+def test_clock_that_goes_back_gives_no_negative_time(tmp_path: Path) -> None:
+    times = iter([100.0, 40.0, 40.0, 41.0, 30.0, -5.0] * 4)
+    run = begin(open_run(tmp_path))
+    seen = list(run.drive(clock=lambda: next(times)))
+    milliseconds = [record.milliseconds for record in seen if isinstance(record, StepRecord)]
+    assert milliseconds == [0.0, 1000.0, 0.0] * 4
+    totals = [record.train_seconds for record in seen if isinstance(record, EvaluationRecord)]
+    assert totals == [1.0, 3.0, 4.0]
+    assert run.train_seconds == 4.0
+
+
 def test_loop_goes_on_from_a_step() -> None:
     run = open_run(Path("unused"))
     seen = list(train_steps(run.task, run.stepper, SETTINGS, start=9, train_seconds=100.0))
@@ -417,6 +431,390 @@ def test_checkpoint_that_falls_into_a_window_is_written_after_its_last_micro_bat
     assert saved == after
 
 
+# --- what a crash leaves
+
+
+def cut_off(folder: Path, after: int, **options: Any) -> Run:
+    """A run that is killed after a step, as far as one process can be."""
+    run = begin(open_run(folder, **options))
+    driver = run.drive(save_every=4)
+    for record in driver:
+        if isinstance(record, StepRecord) and record.step == after:
+            break
+    driver.close()  # type: ignore[attr-defined]
+    return run
+
+
+def test_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    whole = begin(open_run(tmp_path / "whole"))
+    drive(whole)
+    killed = cut_off(tmp_path / "parts", 3)
+    assert not killed.checkpoint.exists()
+    second = open_run(tmp_path / "parts")
+    assert second.resume() is None
+    assert second.done == 0
+    assert list(records.read(second.record)) == [HEAD]
+    drive(second)
+    assert_runs_are_equal(second, whole)
+
+
+def test_run_whose_checkpoint_was_lost_after_it_ended_is_not_started_over(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    run = open_run(tmp_path)
+    run.checkpoint.unlink()
+    before = run.record.read_bytes()
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run.resume()
+    assert run.record.read_bytes() == before
+
+
+GARBAGE = [b'{"schema":1,"rec', b"\0" * 700, b"\0" * 700 + b"\n", b"\xff\xfe\n{}\n", b'{"schema":9}\n']
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=["torn", "zeros", "line of zeros", "bytes", "another schema"])
+@pytest.mark.parametrize("steps_beyond", [0, 2])
+def test_what_a_crash_leaves_beyond_the_checkpoint_does_no_harm(
+    tmp_path: Path, garbage: bytes, steps_beyond: int
+) -> None:
+    whole = begin(open_run(tmp_path / "whole"))
+    drive(whole)
+    killed = cut_off(tmp_path / "parts", 7)
+    lines = killed.record.read_bytes().splitlines(keepends=True)
+    saved = next(i for i, line in enumerate(lines) if b'"EvaluationRecord"' in line) + 1  # of step 4
+    killed.record.write_bytes(b"".join(lines[: saved + steps_beyond]) + garbage)
+    second = open_run(tmp_path / "parts")
+    second.resume()
+    assert second.done == 4
+    drive(second)
+    assert_runs_are_equal(second, whole)
+    assert read_evaluations(second.folder) == read_evaluations(whole.folder)
+
+
+def test_damage_before_the_checkpoint_is_named_by_its_line_and_nothing_is_changed(tmp_path: Path) -> None:
+    run = cut_off(tmp_path, 7)
+    lines = run.record.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:3], b"damaged\n", *lines[4:]])
+    run.record.write_bytes(damaged)
+    with pytest.raises(RecordError, match=r"record\.jsonl, line 4"):
+        open_run(tmp_path).resume()
+    assert run.record.read_bytes() == damaged
+
+
+def test_empty_record_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "record.jsonl").write_text("")
+    with pytest.raises(RecordError, match=r"is empty; delete the folder") as caught:
+        open_run(tmp_path).resume()
+    assert "\n" not in str(caught.value)
+
+
+def test_record_that_cannot_be_written_anew_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path)
+    run = open_run(tmp_path)
+    before = run.record.read_bytes()
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RecordError, match=r"cannot be written \(No space left on device\)"):
+        run.resume()
+    assert run.record.read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "auto"])
+def test_plan_is_recorded_once_however_often_a_run_is_resumed(tmp_path: Path, precision: str) -> None:
+    run = begin(open_run(tmp_path, precision))
+    for stop_after in (2, 4, 6, 12):
+        drive(run, stop_after=stop_after)
+        run = open_run(tmp_path, precision)
+        run.resume()
+    written = [record for record in records.read(run.record) if isinstance(record, PlanRecord)]
+    assert [Plan.parse(record.plan).name for record in written] == [precision]
+
+
+# --- another plan
+
+
+MOVES = [
+    (SPLIT, "32-true"), ("16-mixed", "bf16-mixed"), ("bf16-mixed", "16-mixed"), ("32-true", SPLIT), ("auto", "32-true"),
+    ("bf16-true", "32-true"), (SPLIT, "bf16-mixed"), ("32-true", "bf16-true"), (SPLIT, "bf16-true"),
+]  # fmt: skip
+
+
+def read_states(run: Run) -> list[Tensor]:
+    """Optimizer states, in fp32."""
+    return [
+        value.float() for state in run.stepper.optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
+
+
+def round_to_bf16(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `bf16-true` does to weights: all but those of the normalisation, which is module 3."""
+    return {name: w if name.startswith("3.") else w.bfloat16().float() for name, w in weights.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_run_goes_on_under_another_plan_from_fp32_and_says_what_was_rounded(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    first = begin(open_run(tmp_path, before))
+    drive(first, stop_after=6)
+    weights, states = copy_weights(first.stepper.model), [state.clone() for state in read_states(first)]
+    second = open_run(tmp_path, after)
+    rounding = second.resume(after)
+    assert rounding is not None
+    assert str(second.stepper.plan) == str(Plan.parse(after))
+    assert second.stepper.scale == (65536.0 if after == "16-mixed" else 1.0)
+    assert (second.done, second.stepper.applied) == (6, 3)
+    expected = round_to_bf16(weights) if after == "bf16-true" else weights
+    assert_same(copy_weights(second.stepper.model), expected)
+    if after == "bf16-true":
+        changes = [(w != expected[name], (w - expected[name]).abs() / w.abs()) for name, w in weights.items()]
+        assert rounding.weights_changed == sum(int(changed.sum()) for changed, _ in changes) > 0
+        assert rounding.weights_largest == pytest.approx(max(float(r[c].max()) for c, r in changes if c.any()))
+        assert 0 < rounding.states_changed <= rounding.states
+        assert f"{rounding.weights_changed} of {rounding.weights} weights were rounded" in str(rounding)
+    else:
+        for now, then in zip(read_states(second), states, strict=True):
+            assert torch.equal(now, then)
+        assert (rounding.weights_changed, rounding.states_changed, str(rounding)) == (0, 0, "nothing was rounded")
+    assert rounding.weights == sum(w.numel() for w in weights.values())
+    assert rounding.states == sum(state.numel() for state in states)
+    drive(second)
+    (record,) = [r for r in records.read(second.record) if isinstance(r, PlanRecord)][1:]
+    name = first.stepper.plan.name or "an unnamed plan"
+    assert record.why == f"on resuming after step 6, in place of {name}: {rounding}"
+    assert Plan.parse(record.plan) == Plan.parse(after)
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_run_that_was_moved_trains_as_one_that_changed_its_plan_without_a_stop(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    straight = begin(open_run(tmp_path / "straight", before))
+    for record in straight.drive():
+        if isinstance(record, StepRecord) and record.step == 6:
+            straight.stepper.adopt(Plan.parse(after))
+    drive(begin(open_run(tmp_path / "moved", before)), stop_after=6)
+    moved = open_run(tmp_path / "moved", after)
+    moved.resume(after)
+    drive(moved, stop_after=8)
+    again = open_run(tmp_path / "moved", before)
+    assert again.resume() is None, "the plan that was moved to is the saved one now"
+    drive(again)
+    assert_runs_are_equal(again, straight)
+
+
+def test_run_moved_to_auto_chooses_when_its_next_batch_arrives(tmp_path: Path) -> None:
+    drive(begin(open_run(tmp_path, SPLIT)), stop_after=6)
+    run = open_run(tmp_path, "auto")
+    rounding = run.resume("auto")
+    assert str(rounding) == "nothing was rounded"
+    assert run.stepper.state_dict()["plan"] is None
+    drive(run)
+    (record,) = [r for r in records.read(run.record) if isinstance(r, PlanRecord)][1:]
+    assert Plan.parse(record.plan).name == "auto"
+    assert "no 16-bit format is faster" in record.why
+    again = open_run(tmp_path, "auto")
+    assert again.resume("auto") is None
+
+
+@pytest.mark.parametrize("plan", [SPLIT, Plan.parse(SPLIT)], ids=["text", "plan"])
+def test_plan_that_is_in_force_already_changes_nothing(tmp_path: Path, plan: Plan | str) -> None:
+    whole = begin(open_run(tmp_path / "whole", SPLIT))
+    drive(whole)
+    drive(begin(open_run(tmp_path / "parts", SPLIT)), stop_after=6)
+    run = open_run(tmp_path / "parts", SPLIT)
+    assert run.resume(plan) is None
+    drive(run)
+    assert_runs_are_equal(run, whole)
+    assert sum(isinstance(record, PlanRecord) for record in records.read(run.record)) == 1
+
+
+def test_run_that_was_never_saved_starts_again_under_the_plan_that_is_asked_for(tmp_path: Path) -> None:
+    whole = begin(open_run(tmp_path / "whole", SPLIT))
+    drive(whole)
+    cut_off(tmp_path / "parts", 3)
+    run = open_run(tmp_path / "parts")
+    assert run.resume(SPLIT) is not None
+    drive(run)
+    assert_runs_are_equal(run, whole)
+
+
+def test_plan_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UnsupportedError, match="fp8_e4m3"):
+        open_run(tmp_path).resume("compute=fp8_e4m3")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_rounding_says_what_became_of_weights_and_states() -> None:
+    nothing = Rounding(
+        weights=9, weights_changed=0, weights_largest=0.0, states=18, states_changed=0, states_largest=0.0
+    )
+    assert str(nothing) == "nothing was rounded"
+    some = Rounding(
+        weights=9000, weights_changed=1234, weights_largest=2**-8, states=18, states_changed=2, states_largest=1.0
+    )
+    assert (
+        str(some)
+        == "1,234 of 9,000 weights were rounded, by up to 0.39 %; 2 of 18 optimizer states were rounded, by up to 1e+02 %"
+    )
+
+
+def test_random_states_of_devices_that_are_not_here_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path)
+    load = checkpoint_module.load_checkpoint
+
+    def load_with_a_device(path: Path) -> dict[str, Any]:
+        state = load(path)
+        return state | {"random": state["random"] | {"cuda:99": torch.zeros(16, dtype=torch.uint8)}}
+
+    monkeypatch.setattr(training_module, "load_checkpoint", load_with_a_device)
+    run = open_run(tmp_path)
+    run.resume()
+    assert run.done == 4
+
+
+# --- what goes wrong on the way
+
+
+class FailingTask(TinyTask):
+    """Fails once, at step 7 or at the evaluation after step 8, in one of the places where a task runs."""
+
+    def __init__(self, place: str, error: Exception) -> None:
+        super().__init__()
+        self.place, self.error, self.step = place, error, 0
+
+    def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        self.step = step
+        self.fail_at("batch")
+        return super().make_batch(step)
+
+    def measure_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.fail_at("forward")
+        loss = super().measure_loss(model, batch)
+        loss.register_hook(lambda _gradient: self.fail_at("backward"))
+        return loss
+
+    def evaluate(self, model: nn.Module) -> float:
+        if self.place == "evaluation" and self.step == 8:
+            raise self.error
+        return super().evaluate(model)
+
+    def fail_at(self, place: str) -> None:
+        if self.place == place and self.step == 7:
+            raise self.error
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of 8 GiB."
+)
+
+
+def assert_failed_and_can_go_on(run: Run, whole: Run, error: str, *, saved: tuple[int, ...] = (6,)) -> None:
+    """The last checkpoint is of a step in `saved`, the record says what went wrong, and a sound process ends the run."""
+    assert load_checkpoint(run.checkpoint)["done"] in saved
+    end = list(records.read(run.record))[-1]
+    assert isinstance(end, EndRecord)
+    assert end.reason == "failed"
+    assert error in end.error
+    second = open_run(run.folder)
+    second.resume()
+    assert second.done in saved
+    drive(second)
+    assert_runs_are_equal(second, whole)
+    assert [r.reason for r in records.read(run.record) if isinstance(r, EndRecord)] == ["finished"]
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, ValueError("bad label 11")], ids=["out of memory", "error"])
+@pytest.mark.parametrize("place", ["batch", "forward", "backward", "evaluation"])
+def test_error_on_the_way_is_recorded_and_leaves_the_last_checkpoint(
+    tmp_path: Path, place: str, error: Exception
+) -> None:
+    whole = begin(open_run(tmp_path / "whole"))
+    drive(whole)
+    run = begin(open_run(tmp_path / "failed", task=FailingTask(place, error)))
+    with pytest.raises(type(error)) as caught:
+        drive(run, save_every=1)
+    assert caught.value is error
+    assert_failed_and_can_go_on(run, whole, f"{type(error).__name__}: {error}")
+
+
+class DyingData(torch.utils.data.Dataset[int]):
+    """Its worker dies at item 7."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            os._exit(1)
+        return index
+
+
+class LoadingTask(TinyTask):
+    """Takes its steps' numbers from another process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loader = iter(
+            torch.utils.data.DataLoader(
+                DyingData(), batch_size=None, sampler=range(1, 20), num_workers=1, prefetch_factor=1
+            )
+        )
+
+    def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        return super().make_batch(int(next(self.loader)) if step else 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_data_worker_that_dies_is_recorded_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    whole = begin(open_run(tmp_path / "whole"))
+    drive(whole)
+    run = begin(open_run(tmp_path / "failed", task=LoadingTask()))
+    with pytest.raises(RuntimeError, match="worker"):
+        drive(run, save_every=1)
+    # item 7 is fetched while step 6 is made, and torch raises the error wherever that step, or its saving, has come to
+    assert_failed_and_can_go_on(run, whole, "exited unexpectedly", saved=(4, 6))
+
+
+def test_disk_that_fills_up_while_saving_keeps_the_former_checkpoint_and_the_record_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begin(open_run(tmp_path / "whole"))
+    drive(whole)
+    run, save_file = begin(open_run(tmp_path / "full")), checkpoint_module.save_file
+
+    def save(tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str]) -> None:
+        if run.done == 8:
+            path.write_bytes(b"as much as there was room for")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_file", save)
+        with pytest.raises(CheckpointError, match="No space left on device; the checkpoint before is kept in"):
+            drive(run, save_every=1)
+    assert sorted(file.name for file in run.folder.iterdir()) == ["checkpoint.safetensors", "record.jsonl"]
+    assert_failed_and_can_go_on(run, whole, "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_record_that_no_longer_fits_on_the_disk_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    run = begin(open_run(tmp_path))
+    run.record.unlink()
+    run.record.symlink_to("/dev/full")
+    with pytest.raises(RecordError, match="No space left on device") as caught:
+        drive(run)
+    assert "\n" not in str(caught.value)
+
+
 # --- what cannot go on
 
 
@@ -476,6 +874,10 @@ def test_first_batch_with_a_loss_that_is_not_finite_is_an_error_of_the_data(
         drive(run)
     assert "\n" not in str(caught.value)
     assert [record.step for record in records.read(run.record) if isinstance(record, StepRecord)] == [1]
+    end = run.find_end()
+    assert end is not None
+    assert (end.reason, end.error) == ("failed", f"DataError: {caught.value}")
+    assert not run.checkpoint.exists()
 
 
 def test_later_batch_with_nan_is_skipped_and_recorded(tmp_path: Path) -> None:
@@ -488,6 +890,18 @@ def test_later_batch_with_nan_is_skipped_and_recorded(tmp_path: Path) -> None:
     assert math.isfinite(losses[12])
     assert isinstance(seen[-1], EndRecord)
     assert seen[-1].skipped_steps == 1
+
+
+def test_empty_batch_is_skipped_and_recorded(tmp_path: Path) -> None:
+    class Gap(TinyTask):
+        def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+            x, y = super().make_batch(step)
+            return (x[:0], y[:0]) if step == 5 else (x, y)
+
+    run = begin(open_run(tmp_path, task=Gap()))
+    outcomes = {record.step: record for record in drive(run) if isinstance(record, StepRecord)}
+    assert (outcomes[5].samples, outcomes[6].outcome.cause) == (0, "the loss is nan")
+    assert [outcomes[step].outcome.status for step in (4, 6, 8)] == ["applied", "skipped", "applied"]
 
 
 def test_folder_that_holds_a_run_already_is_refused_and_left_alone(tmp_path: Path) -> None:

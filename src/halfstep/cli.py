@@ -187,7 +187,10 @@ def train(
     ] = None,
     device: Device = "cpu",
 ) -> None:
-    """Train a recipe. Ctrl-C saves and ends; --resume goes on exactly where it stopped."""
+    """Train a recipe. Ctrl-C saves and ends; --resume goes on exactly where it stopped.
+
+    With --precision, --resume goes on in another precision, from the fp32 weights, and says what that rounds.
+    """
     import torch
 
     from halfstep.machine.hardware import name_machine, require_device
@@ -213,13 +216,18 @@ def train(
         )  # fmt: skip
         run = Run(task, stepper, settings, folder, name=f"{loaded.name}, {loaded.task}")
         if resume is not None:
-            if run.record.exists():
-                _require_same_recipe(run.record, str(loaded))
-            run.resume()
-            console.print(f"going on after step {run.done}")
-            if run.done >= settings.steps:
+            asked = precision is not None or any(word.startswith("precision=") for word in overrides or [])
+            _require_same_recipe(run.record, loaded, new_precision=asked)
+            end = run.find_end()
+            if end is not None and end.reason == "finished":
                 console.print("this run is finished; nothing to do")
                 return
+            rounding = run.resume(loaded.precision if asked else None)
+            console.print(
+                f"going on after step {run.done}" if run.done else "nothing was saved yet: starting again at step 0"
+            )
+            if rounding is not None:
+                console.print(f"from here on in {loaded.precision}: {rounding}", soft_wrap=True)
         else:
             run.begin(
                 RunRecord(task=loaded.task, arm="halfstep", precision=loaded.precision, seed=settings.seed, steps=settings.steps,
@@ -253,13 +261,23 @@ def _drop_options(words: list[str], *names: str) -> list[str]:
     return [w for w in kept if not w.startswith(tuple(f"{name}=" for name in names))]
 
 
-def _require_same_recipe(record: Path, recipe: str) -> None:
-    """Raises CheckpointError, naming what differs, when a run was started with another recipe or other options."""
-    head = next((r for r in records.read(record) if isinstance(r, records.RunRecord)), None)
-    if head is not None and head.recipe != recipe:
-        before, now = head.recipe.splitlines(), recipe.splitlines()
-        changed = "; ".join(f"{old} then, {new} now" for old, new in zip(before, now, strict=False) if old != new)
-        raise CheckpointError(f"{record.parent} was started with other options: {changed}; give the same ones")
+def _require_same_recipe(record: Path, recipe: "Recipe", *, new_precision: bool) -> None:
+    """Raises CheckpointError, naming what differs, when a run was started with another recipe or other options.
+
+    Its precision may differ where a new one is asked for.
+    """
+    from dataclasses import replace
+
+    head = next(records.read(record), None) if record.exists() else None
+    if not isinstance(head, records.RunRecord):
+        return
+    before, now = head.recipe, str(replace(recipe, precision=head.precision) if new_precision else recipe)
+    if before != now:
+        pairs = zip(before.splitlines(), now.splitlines(), strict=False)
+        changed = "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
+        raise CheckpointError(
+            f"{record.parent} was started with other options: {changed}; give the same ones; only --precision may change"
+        )
 
 
 @app.command()

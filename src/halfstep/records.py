@@ -170,9 +170,10 @@ class EndRecord(Record):
     """The end of a run."""
 
     step: int
-    reason: str  # finished | interrupted
+    reason: str  # finished | interrupted | failed
     peak_memory_bytes: int
     skipped_steps: int
+    error: str = ""  # why it failed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,13 @@ Batches are a pure function of the step's number, so that the position in the da
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import IO, Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -22,11 +23,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from halfstep import records
-from halfstep.checkpoint import load_checkpoint, save_checkpoint
+from halfstep.checkpoint import Rounding, change_plan, force_to_disk, load_checkpoint, save_checkpoint
 from halfstep.errors import CheckpointError, DataError, RecordError
 from halfstep.machine.runtime import read_peak_memory
+from halfstep.plan import Plan
 from halfstep.records import EndRecord, EvaluationRecord, PlanRecord, Record, StepOutcome, StepRecord
-from halfstep.stepper import Stepper
+from halfstep.stepper import Stepper, read_plan
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -155,7 +157,7 @@ def train_steps(
         with stepper.autocast():
             loss = task.measure_loss(stepper.model, batch)
         outcome = stepper.step(loss)
-        seconds = clock() - begin
+        seconds = max(0.0, clock() - begin)  # a clock may be set back
         train_seconds += seconds
         yield StepRecord(step=number, loss=loss.item(), milliseconds=1000 * seconds, samples=len(batch[0]),
                          learning_rate=rate, outcome=outcome)  # fmt: skip
@@ -179,7 +181,7 @@ def _read_learning_rate(stepper: Steps) -> float:
 class Run:
     """A run in a folder: `record.jsonl` and `checkpoint.safetensors`.
 
-    A run that is interrupted and resumed gives the same weights and the same losses as one that was not.
+    A run that is interrupted, or killed, and resumed gives the same weights and the same losses as one that was not.
     """
 
     def __init__(self, task: Task, stepper: Stepper, settings: TrainSettings, folder: Path, *, name: str) -> None:
@@ -187,6 +189,7 @@ class Run:
         self.done = 0
         self.train_seconds = 0.0
         self.stop = False  # set it, from a signal handler for example, to save and end after the current step
+        self._plan_written: PlanRecord | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -202,23 +205,49 @@ class Run:
             raise RecordError(
                 f"{self.folder} holds a run already; give --resume to go on with it, another --out, or delete the folder"
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.record.open("w", encoding="utf-8") as file:
-                records.append(file, [head])
-        except OSError as error:
-            raise RecordError(f"{self.folder} cannot be written ({error.strerror}); give another --out") from None
+        self._write_record([head])
 
-    def resume(self) -> None:
+    def find_end(self) -> EndRecord | None:
+        """How the run in the folder ended; None for one that was killed or has not begun."""
+        last: Record | None = None
+        with suppress(RecordError):  # missing, or with lines that a crash left
+            for record in records.read(self.record):
+                last = record
+        return last if isinstance(last, EndRecord) else None
+
+    def resume(self, plan: Plan | str | None = None) -> Rounding | None:
         """Go on from the folder's checkpoint; what the record holds beyond it is dropped.
 
-        Raises CheckpointError when the checkpoint is missing, damaged or of another model or recipe.
+        A run that was killed before its first checkpoint starts again at step 0: `done` is 0 then.
+
+        plan: what `prepare` takes, to go on under another plan than the saved one. Weights and optimizer states are taken
+            over from fp32, the loss scale starts anew, and the plan record's `why` says what was rounded.
+
+        Returns what another plan has rounded; None where it is the saved one.
+
+        Raises CheckpointError when the checkpoint is missing, damaged or of another model or recipe, RecordError when the
+        record cannot be read, and what `Stepper.adopt` raises for the plan; the folder is left as it was then.
         """
-        state = load_checkpoint(self.checkpoint)
-        if state["name"] != self.name:
-            raise CheckpointError(f"{self.checkpoint} is of '{state['name']}'; this recipe is '{self.name}'")
-        model_state = self.stepper.model.state_dict()
-        _require_same_shapes(self.checkpoint, state["model"], model_state)
+        end, rounding = self.find_end(), None
+        saved_before = end is not None and end.reason != "failed"  # a checkpoint that is missing now has been lost
+        if self.checkpoint.exists() or saved_before or not self.record.exists():
+            self._restore(load_checkpoint(self.checkpoint))
+        kept = self._read_record()
+        if plan is not None and not self._is_in_force(plan):
+            before = self.stepper.plan.name or "an unnamed plan"
+            why = f"on resuming after step {self.done}, in place of {before}"
+            rounding = change_plan(self.stepper, plan, why)
+        else:
+            written = next((r for r in reversed(kept) if isinstance(r, PlanRecord)), None)
+            if written is not None and written.plan == str(self.stepper.plan):
+                self._plan_written = self.stepper.plan_record
+        self._write_record(kept)
+        return rounding
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state.get("name") != self.name:
+            raise CheckpointError(f"{self.checkpoint} is of '{state.get('name')}'; this recipe is '{self.name}'")
+        _require_same_shapes(self.checkpoint, state["model"], self.stepper.model.state_dict())
         self.stepper.load_state_dict(state["stepper"])
         self.stepper.model.load_state_dict(state["model"])
         self.stepper.optimizer.load_state_dict(state["optimizer"])
@@ -226,13 +255,42 @@ class Run:
             scheduler.load_state_dict(saved)
         _set_random_states(state["random"])
         self.done, self.train_seconds = state["done"], state["train_seconds"]
-        kept = [
-            r for r in records.read(self.record) if getattr(r, "step", 0) <= self.done and not isinstance(r, EndRecord)
-        ]
+
+    def _is_in_force(self, plan: Plan | str) -> bool:
+        if plan == "auto":
+            return self.stepper.plan.name == "auto" or self.stepper.state_dict()["plan"] is None
+        return bool(self.stepper.state_dict()["plan"] == str(read_plan(plan)))
+
+    def _read_record(self) -> list[Record]:
+        """The records up to the checkpoint. What stands behind it is not looked at, so a torn line there does no harm."""
+        kept: list[Record] = []
+        try:
+            for record in records.read(self.record):
+                if isinstance(record, StepRecord) and record.step > self.done:
+                    break
+                if not isinstance(record, EndRecord):
+                    kept.append(record)
+        except RecordError:
+            if not kept or max(getattr(r, "step", 0) for r in kept) < self.done:
+                raise
+        if not kept:
+            raise RecordError(f"{self.record} is empty; delete the folder and start the run again")
+        while isinstance(kept[-1], PlanRecord):  # of the step that comes next
+            kept.pop()
+        return kept
+
+    def _write_record(self, kept: list[Record]) -> None:
+        """The whole record, at once or not at all."""
         temporary = self.record.with_suffix(".part")
-        with temporary.open("w", encoding="utf-8") as file:
-            records.append(file, kept)
-        temporary.replace(self.record)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                records.append(file, kept)
+                os.fsync(file.fileno())
+            temporary.replace(self.record)
+        except OSError as error:
+            raise RecordError(f"{self.folder} cannot be written ({error.strerror}); give another --out") from None
+        force_to_disk(self.folder)
 
     def save(self) -> None:
         """Write the checkpoint. Raises CheckpointError; the one before is kept then."""
@@ -250,55 +308,73 @@ class Run:
             },
         )
 
-    def drive(self, *, save_every: int = 0) -> Iterator[Record]:
+    def drive(self, *, save_every: int = 0, clock: Callable[[], float] = time.perf_counter) -> Iterator[Record]:
         """Train to the end or to `stop`, writing the record and yielding what is written.
 
         save_every: steps between checkpoints; 0 saves at the end only. A checkpoint never falls inside an accumulation
         window: it waits for the window's last micro-batch.
 
-        Raises DataError when the loss is not finite from the first step on.
+        Raises DataError when the loss is not finite from the first step on. That error and any other is written down in
+        the record's end before it goes on its way; the last checkpoint stays as it is.
         """
-        plan_written: PlanRecord | None = None
-        evaluated, first = evaluation_steps(self.settings), self.done == 0
-        accumulated, saved = False, self.done
-        with self.record.open("a", encoding="utf-8") as file:
-
-            def write(record: Record) -> Record:
+        file = self.record.open("a", encoding="utf-8")
+        try:
+            for record in self._train(file, save_every, clock):
                 records.append(file, [record])
-                return record
+                yield record
+            self._save_with(file)
+            end = self._make_end("finished" if self.done == self.settings.steps else "interrupted")
+            records.append(file, [end])
+            yield end
+        except Exception as error:
+            with suppress(RecordError):  # a full disk may be what went wrong
+                records.append(file, [self._make_end("failed", f"{type(error).__name__}: {error}")])
+            raise
+        finally:
+            with suppress(OSError):
+                file.close()
 
-            for record in train_steps(
-                self.task, self.stepper, self.settings, start=self.done, train_seconds=self.train_seconds
-            ):
-                plan = self.stepper.plan_record
-                if plan is not None and plan is not plan_written:
-                    plan_written = plan
-                    yield write(plan)
-                yield write(record)
-                if isinstance(record, StepRecord):
-                    self.done, self.train_seconds = record.step, self.train_seconds + record.milliseconds / 1000
-                    accumulated = record.outcome.status == "accumulated"
-                    if first and not math.isfinite(record.loss):
-                        raise DataError(
-                            f"the loss of the very first batch is {record.loss}: look for NaN in the data or labels"
-                        )
-                    first = False
-                    if record.step in evaluated:
-                        continue  # what follows is its evaluation
-                if accumulated or self.done == self.settings.steps:
-                    continue
-                if self.stop:
-                    break
-                if save_every and self.done // save_every > saved // save_every:
-                    self.save()
-                    saved = self.done
-            self.save()
-            reason = "finished" if self.done == self.settings.steps else "interrupted"
-            device = next(self.stepper.model.parameters()).device
-            yield write(
-                EndRecord(step=self.done, reason=reason, peak_memory_bytes=read_peak_memory(str(device)),
-                          skipped_steps=self.stepper.skipped)
-            )  # fmt: skip
+    def _train(
+        self, file: IO[str], save_every: int, clock: Callable[[], float]
+    ) -> Iterator[PlanRecord | StepRecord | EvaluationRecord]:
+        """The steps that are left, saved on the way."""
+        evaluated, first, saved = evaluation_steps(self.settings), self.done == 0, self.done
+        accumulated = False
+        for record in train_steps(
+            self.task, self.stepper, self.settings, start=self.done, train_seconds=self.train_seconds, clock=clock
+        ):
+            plan = self.stepper.plan_record
+            if plan is not None and plan is not self._plan_written:
+                self._plan_written = plan
+                yield plan
+            yield record
+            if isinstance(record, StepRecord):
+                self.done, self.train_seconds = record.step, self.train_seconds + record.milliseconds / 1000
+                accumulated = record.outcome.status == "accumulated"
+                if first and not math.isfinite(record.loss):
+                    raise DataError(
+                        f"the loss of the very first batch is {record.loss}: look for NaN in the data or labels"
+                    )
+                first = False
+                if record.step in evaluated:
+                    continue  # what follows is its evaluation
+            if accumulated or self.done == self.settings.steps:
+                continue
+            if self.stop:
+                return
+            if save_every and self.done // save_every > saved // save_every:
+                self._save_with(file)
+                saved = self.done
+
+    def _save_with(self, file: IO[str]) -> None:
+        """Save, with the record on disk before the checkpoint that counts on it."""
+        os.fsync(file.fileno())
+        self.save()
+
+    def _make_end(self, reason: str, error: str = "") -> EndRecord:
+        device = next(self.stepper.model.parameters()).device
+        return EndRecord(step=self.done, reason=reason, peak_memory_bytes=read_peak_memory(str(device)),
+                         skipped_steps=self.stepper.skipped, error=error)  # fmt: skip
 
 
 def _require_same_shapes(path: Path, saved: dict[str, Tensor], here: dict[str, Tensor]) -> None:
@@ -322,6 +398,6 @@ def _get_random_states() -> dict[str, Tensor]:
 
 def _set_random_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
-    for device, state in states.items():
-        if device != "cpu" and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, device)
+    for index in range(torch.cuda.device_count()):  # the machine may be another one, with fewer devices or more
+        if f"cuda:{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)

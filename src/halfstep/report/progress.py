@@ -43,7 +43,8 @@ def follow_run(
                 case StepRecord():
                     recent.append(record)
                     skips += record.outcome.skipped
-                    rate = sum(r.samples for r in recent) / sum(r.milliseconds for r in recent) * 1000
+                    elapsed = sum(r.milliseconds for r in recent)  # 0 when the clock was set back
+                    rate = 1000 * sum(r.samples for r in recent) / elapsed if elapsed else 0.0
                     loss = statistics.fmean(r.loss for r in recent)
                     note = (
                         f"loss {loss:.4f}, {rate:,.0f} samples/s, scale {record.outcome.scale_after:g}, {skips} skipped"
