@@ -275,7 +275,7 @@ class Run:
                 raise
         if not kept:
             raise RecordError(f"{self.record} is empty; delete the folder and start the run again")
-        while isinstance(kept[-1], PlanRecord):  # of the step that comes next
+        while kept and isinstance(kept[-1], PlanRecord):  # of the step that comes next
             kept.pop()
         return kept
 
