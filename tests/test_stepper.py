@@ -868,14 +868,31 @@ def test_restore_of_a_waiting_auto_takes_its_hook_away() -> None:
 # --- changing the plan
 
 
-def test_plan_cannot_be_changed_inside_a_window() -> None:
-    model = make_mlp()
-    stepper = prepare(model, make_adamw(model), "32-true", accumulate=2)
-    train(stepper, make_regression_batches(1))
-    with pytest.raises(PlanError, match="1 of 2 micro-batches are in"):
-        stepper.adopt(Plan.preset("bf16-mixed"))
-    assert stepper.plan.name == "32-true"
-    assert train(stepper, make_regression_batches(1))[0].applied
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(("32-true", "16-mixed", SPLIT), 2)))
+def test_gradients_of_an_open_window_go_on_under_another_plan(before: str, after: str) -> None:
+    models, batches = [make_mlp(), make_mlp()], make_regression_batches(4)
+    steppers = [prepare(m, SGD(m.parameters(), lr=0.1), before, accumulate=4) for m in models]
+    for stepper in steppers:
+        train(stepper, batches[:3])
+    steppers[0].adopt(read_plan(after))
+    outcomes = [train(stepper, batches[3:])[0] for stepper in steppers]
+    assert all(outcome.applied for outcome in outcomes)
+    assert outcomes[0].gradient_norm == pytest.approx(outcomes[1].gradient_norm, rel=1e-2)
+    for name, weight in copy_weights(models[0]).items():
+        assert_near(weight, copy_weights(models[1])[name], torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed", SPLIT])
+def test_plan_that_is_refused_inside_a_window_leaves_it_as_it_is(mode: str) -> None:
+    models, batches = [make_mlp(), make_mlp()], make_regression_batches(2)
+    steppers = [prepare(m, SGD(m.parameters(), lr=0.1), mode, accumulate=2) for m in models]
+    for stepper in steppers:
+        train(stepper, batches[:1])
+    with pytest.raises(PlanError, match="matches no module"):
+        steppers[0].adopt(Plan.parse("path=nowhere compute=bf16"))
+    for stepper in steppers:
+        assert train(stepper, batches[1:])[0].applied
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(TRUTHFUL, 2)))

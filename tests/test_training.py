@@ -294,7 +294,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     first = begin(open_run(tmp_path / "parts", precision))
     end = drive(first, stop_after=stop_after)[-1]
     assert isinstance(end, EndRecord)
-    assert (end.reason, end.step) == ("interrupted", stop_after + stop_after % 2)
+    assert (end.reason, end.step) == ("interrupted", stop_after)
     second = open_run(tmp_path / "parts", precision)
     assert second.stepper.model is not first.stepper.model
     torch.manual_seed(99)
@@ -313,7 +313,7 @@ def test_run_that_is_interrupted_again_and_again_equals_an_uninterrupted_one_bit
     whole = begin(open_run(tmp_path / "whole", precision))
     drive(whole)
     run = begin(open_run(tmp_path / "parts", precision))
-    for stop_after in (2, 4, 6, 8, 10, 12):
+    for stop_after in (2, 3, 4, 7, 10, 12):
         drive(run, stop_after=stop_after)
         if stop_after < 12:
             run = open_run(tmp_path / "parts", precision)
@@ -418,17 +418,15 @@ def test_resuming_a_finished_run_only_ends_it_again(tmp_path: Path) -> None:
     assert max(read_losses(tmp_path)) == 12
 
 
-@pytest.mark.parametrize(("save_every", "after"), [(1, 2), (2, 2), (3, 4), (5, 6)])
-def test_checkpoint_that_falls_into_a_window_is_written_after_its_last_micro_batch(
-    tmp_path: Path, save_every: int, after: int
-) -> None:
+@pytest.mark.parametrize("save_every", [1, 3, 5])
+def test_checkpoint_may_fall_into_a_window(tmp_path: Path, save_every: int) -> None:
     run = begin(open_run(tmp_path))
-    saved = 0
     for record in run.drive(save_every=save_every):
-        if isinstance(record, StepRecord) and record.step == after + 1:
-            saved = load_checkpoint(run.checkpoint)["done"] if run.checkpoint.exists() else 0
+        if isinstance(record, StepRecord) and record.step == save_every + 1:
             break
-    assert saved == after
+    state = load_checkpoint(run.checkpoint)
+    assert (state["done"], state["stepper"]["micro"]) == (save_every, 1)
+    assert len(state["stepper"]["window"]["losses"]) == 1
 
 
 # --- what a crash leaves
@@ -743,7 +741,8 @@ def test_error_on_the_way_is_recorded_and_leaves_the_last_checkpoint(
     with pytest.raises(type(error)) as caught:
         drive(run, save_every=1)
     assert caught.value is error
-    assert_failed_and_can_go_on(run, whole, f"{type(error).__name__}: {error}")
+    saved = (7,) if place == "evaluation" else (6,)
+    assert_failed_and_can_go_on(run, whole, f"{type(error).__name__}: {error}", saved=saved)
 
 
 class DyingData(torch.utils.data.Dataset[int]):
@@ -802,7 +801,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_former_checkpoint_and_the_rec
         with pytest.raises(CheckpointError, match="No space left on device; the checkpoint before is kept in"):
             drive(run, save_every=1)
     assert sorted(file.name for file in run.folder.iterdir()) == ["checkpoint.safetensors", "record.jsonl"]
-    assert_failed_and_can_go_on(run, whole, "No space left on device")
+    assert_failed_and_can_go_on(run, whole, "No space left on device", saved=(7,))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

@@ -333,16 +333,16 @@ class Stepper:
         self._waiting = None
 
     def adopt(self, plan: Plan, why: str = "") -> None:
-        """Put another plan in force between two windows; weights and optimizer state go on from their fp32 truth.
+        """Put another plan in force; weights, optimizer state and the gradients of an open window go on from fp32.
 
         Raises what `convert` raises; the plan before stays in force then.
         """
-        if self._window.micro:
-            raise PlanError(
-                f"{self._window.micro} of {self.accumulate} micro-batches are in; change the plan after the window"
-            )
+        window, before = self._window.state_dict(), self.scale
         self._stop_waiting()
-        self._adopt(plan, why)
+        try:
+            self._adopt(plan, why)
+        finally:
+            self._window.load_state_dict(window, self.scale / before)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
         before = self.conversion.plan

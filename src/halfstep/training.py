@@ -311,8 +311,8 @@ class Run:
     def drive(self, *, save_every: int = 0, clock: Callable[[], float] = time.perf_counter) -> Iterator[Record]:
         """Train to the end or to `stop`, writing the record and yielding what is written.
 
-        save_every: steps between checkpoints; 0 saves at the end only. A checkpoint never falls inside an accumulation
-        window: it waits for the window's last micro-batch.
+        save_every: steps between checkpoints; 0 saves at the end only. One that falls inside an accumulation window holds
+        the window's gradients.
 
         Raises DataError when the loss is not finite from the first step on. That error and any other is written down in
         the record's end before it goes on its way; the last checkpoint stays as it is.
@@ -339,7 +339,6 @@ class Run:
     ) -> Iterator[PlanRecord | StepRecord | EvaluationRecord]:
         """The steps that are left, saved on the way."""
         evaluated, first, saved = evaluation_steps(self.settings), self.done == 0, self.done
-        accumulated = False
         for record in train_steps(
             self.task, self.stepper, self.settings, start=self.done, train_seconds=self.train_seconds, clock=clock
         ):
@@ -350,7 +349,6 @@ class Run:
             yield record
             if isinstance(record, StepRecord):
                 self.done, self.train_seconds = record.step, self.train_seconds + record.milliseconds / 1000
-                accumulated = record.outcome.status == "accumulated"
                 if first and not math.isfinite(record.loss):
                     raise DataError(
                         f"the loss of the very first batch is {record.loss}: look for NaN in the data or labels"
@@ -358,7 +356,7 @@ class Run:
                 first = False
                 if record.step in evaluated:
                     continue  # what follows is its evaluation
-            if accumulated or self.done == self.settings.steps:
+            if self.done == self.settings.steps:
                 continue
             if self.stop:
                 return

@@ -152,8 +152,8 @@ class Window:
             "buffers": list(self.buffers.values()),
         }
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on in the middle of a window."""
+    def load_state_dict(self, state: dict[str, Any] | None, factor: float = 1.0) -> None:
+        """Go on in the middle of a window. factor: the loss scale over that of the saved gradients."""
         self.clear()
         if state is None:
             return
@@ -161,9 +161,12 @@ class Window:
         self.micro = len(state["losses"])
         self._losses = [torch.tensor(loss, device=held[0].device) for loss in state["losses"]]
         self._inputs = {-1: ((), {})}  # the window's first forward pass was before
-        self._sums = {held[i]: value.to(held[i].device) for i, value in state["sums"].items()}
+        self._sums = {held[i]: value.to(held[i].device) * factor for i, value in state["sums"].items()}
         for i, value in state["gradients"].items():
-            held[i].grad = value.to(held[i].device, held[i].dtype)
+            if value.dtype == held[i].dtype and value.dtype not in SIXTEEN_BITS:
+                held[i].grad = value.to(held[i].device) * factor
+            else:
+                self._sums[held[i]] = value.to(held[i].device, torch.float32) * factor
         pairs = zip(self.model.buffers(), state["buffers"], strict=True)
         self.buffers = {buffer: value.to(buffer.device) for buffer, value in pairs}
 
