@@ -28,10 +28,10 @@ def run(state: LossScale, rule: LossScaleRule, steps: str) -> list[LossScale]:
     """The states after each step: '.' was clean, 'x' found a non-finite gradient. Both twins must agree on them."""
     states = []
     for step in steps:
-        quick = adjust_quickly(state, rule, found_nonfinite=step == "x") if len(steps) <= 60 else None
+        quick = adjust_quickly(state, rule, found_nonfinite=step == "x")
         state = adjust(state, rule, found_nonfinite=step == "x")
         state = dataclasses.replace(state, scale=float(np.float32(state.scale)))
-        assert quick in (state, None)
+        assert quick == state
         states.append(state)
     return states
 

@@ -182,7 +182,9 @@ def test_listing_the_face_imports_no_torch() -> None:
 
 
 def test_mechanisms_do_not_import_each_other() -> None:
-    state_machines = {"grad_scaler": "halfstep.mechanisms.loss_scale."}  # the scaler is the rule behind torch's interface
+    state_machines = {
+        "grad_scaler": "halfstep.mechanisms.loss_scale."
+    }  # the scaler is the rule behind torch's interface
     for path in sorted((PACKAGE / "mechanisms").glob("*.py")):
         names = list(imports_of(parse(path), inside_functions=True))
         others = [name for name in names if name.startswith("halfstep.mechanisms")]

@@ -372,8 +372,13 @@ class GradScaler(torch.amp.GradScaler):
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's: between iterations only. Outcomes and parameter names stay behind."""
-        state = super().__getstate__()
-        return {**state, "_overflows": self._overflows.cpu(), "_skips": self._skips.cpu(), "_memory": _Memory()}
+        state = {**super().__getstate__(), "_overflows": self._overflows.cpu(), "_skips": self._skips.cpu()}
+        del state["_memory"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memory = _Memory()
 
 
 class _NonFiniteError(Exception):
