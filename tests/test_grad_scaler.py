@@ -219,10 +219,11 @@ def test_gradient_penalty_is_that_of_fp32() -> None:
     assert_same(copy_weights(model), copy_weights(control))
 
 
-def test_several_models_losses_and_optimizers_each_have_their_outcome() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_several_models_losses_and_optimizers_each_have_their_outcome(fused: bool) -> None:
     models, twins = [make_mlp(0), make_mlp(1)], [make_mlp(0), make_mlp(1)]
-    optimizers = [SGD(models[0].parameters(), lr=0.1), Adam(models[1].parameters(), fused=True)]
-    plain = [SGD(twins[0].parameters(), lr=0.1), Adam(twins[1].parameters(), fused=True)]
+    optimizers = [SGD(models[0].parameters(), lr=0.1, fused=fused), Adam(models[1].parameters(), fused=True)]
+    plain = [SGD(twins[0].parameters(), lr=0.1, fused=fused), Adam(twins[1].parameters(), fused=True)]
     scaler = make_scaler(16.0, growth_interval=100)
     for number, batch in enumerate(make_regression_batches(5)):
         for one, other in zip(optimizers, plain, strict=True):
@@ -250,6 +251,17 @@ def test_several_models_losses_and_optimizers_each_have_their_outcome() -> None:
         assert_same(copy_weights(model), copy_weights(twin))
     assert scaler.get_scale() == 8.0
     assert [scaler.get_outcome(optimizer).step for optimizer in optimizers] == [5, 4]
+
+
+def test_outcome_of_an_optimizer_that_waits_stays_as_it_was() -> None:
+    first, second = make_mlp(0), make_mlp(1)
+    scaler = make_scaler(growth_interval=1)
+    optimizer = SGD(first.parameters(), lr=0.1)
+    train(first, optimizer, scaler, ".")
+    outcome = scaler.get_outcome(optimizer)
+    train(second, SGD(second.parameters(), lr=0.1), scaler, "...")
+    assert scaler.get_outcome(optimizer) == outcome
+    assert (outcome.scale_before, outcome.scale_after) == (2.0**10, 2.0**11)
 
 
 def test_sparse_gradients_are_unscaled_and_checked() -> None:
@@ -517,6 +529,28 @@ def test_host_waits_no_more_than_with_torch_but_for_a_look_each_skip_limit(fused
         counts.append(reads.count)
     assert counts == [counts[0], counts[0], counts[0] + 3]
     assert fused or counts[0] >= 30
+
+
+def test_fused_step_reads_nothing_and_stays_on_its_device() -> None:
+    """On the meta device there is nothing that could be read."""
+
+    class Fused(SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure: Any = None) -> Any:
+            assert self.grad_scale.is_meta and self.found_inf.is_meta  # type: ignore[attr-defined]
+
+    model = make_mlp().to("meta")
+    scaler, optimizer = make_scaler(hysteresis=2), Fused(model.parameters(), lr=0.1)
+    for x, y in make_regression_batches(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, (x.to("meta"), y.to("meta")))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    with pytest.raises(RuntimeError, match="meta"):
+        scaler.get_scale()
+    with pytest.raises(RuntimeError, match="meta"):
+        scaler.get_outcome()
 
 
 # -- 1 and 2: bounds, hysteresis, limit ---------------------------------------------------------------------------------------
@@ -880,6 +914,16 @@ def test_usual_loops_are_not_warned_of(set_to_none: bool) -> None:
     assert changes == 4 * 2 * 2 * 6
 
 
+def test_zeroed_gradients_are_no_change() -> None:
+    model, scaler = make_mlp(), make_scaler()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, scaler, "..")
+    weights = copy_weights(model)
+    optimizer.zero_grad(set_to_none=False)
+    scaler.step(optimizer)
+    assert_same(copy_weights(model), weights)
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -962,6 +1006,7 @@ def test_outcome_of_a_fused_step_that_is_read_late_does_not_guess() -> None:
     train(model, optimizer, scaler, "x")
     optimizer.zero_grad()
     loss_of(model, make_regression_batches(1)[0]).backward()
+    overflow(model)
     assert scaler.get_outcome().skipped and scaler.get_outcome().tensors == ()
     assert scaler.get_outcome().cause.startswith(
         "a gradient is not finite; it was on another rank, or has been replaced"

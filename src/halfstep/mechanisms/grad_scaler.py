@@ -161,7 +161,7 @@ class GradScaler(torch.amp.GradScaler):
         super().unscale_(optimizer)
 
     def _look_for_early_change(self, optimizer: Optimizer) -> None:
-        changed = self._memory.pop_changed(optimizer)
+        changed = self._memory.find_changed(optimizer)
         if changed and not self._memory.warned:
             self._memory.warned = True
             warnings.warn(
@@ -482,13 +482,13 @@ class _Memory:
         for optimizer in self.optimizers:
             self.marks.update({p: _Mark(p) for _, p in self.find_gradients(optimizer)})
 
-    def pop_changed(self, optimizer: Optimizer) -> list[str]:
+    def find_changed(self, optimizer: Optimizer) -> list[str]:
         """Names of gradients written to since they were marked. From now on the optimizer's gradients are marked."""
         if self.warned:
             self.optimizers.clear()
             return []
         self.optimizers.add(optimizer)
-        marks = [(name, self.marks.pop(p, None)) for name, p in self.find_gradients(optimizer)]
+        marks = [(name, self.marks.get(p)) for name, p in self.find_gradients(optimizer)]
         return [name for name, mark in marks if mark and mark.is_same_tensor() and not mark.is_unchanged()]
 
     def mark_left(self, optimizer: Optimizer) -> None:
