@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from halfstep.errors import HalfstepError as HalfstepError
     from halfstep.machine.hardware import probe_hardware as probe_hardware
     from halfstep.machine.runtime import tune_process as tune_process
+    from halfstep.mechanisms.grad_scaler import GradScaler as GradScaler
     from halfstep.numerics.formats import find_format as find_format
     from halfstep.plan import Plan as Plan
     from halfstep.plan import Rule as Rule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Conversion": "conversion",
+    "GradScaler": "mechanisms.grad_scaler",
     "HalfstepError": "errors",
     "HardwareProfile": "records",
     "Plan": "plan",
@@ -46,6 +48,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Conversion",
+    "GradScaler",
     "HalfstepError",
     "HardwareProfile",
     "Plan",

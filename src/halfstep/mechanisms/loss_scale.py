@@ -10,6 +10,9 @@ that reaches 0 turns the next clean step into NaN weights.
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossScaleRule:
@@ -50,3 +53,24 @@ def adjust(state: LossScale, rule: LossScaleRule, *, found_nonfinite: bool) -> L
     if state.clean + 1 < rule.interval:
         return replace(state, clean=state.clean + 1, overflows=0)
     return LossScale(scale=min(state.scale * rule.growth, rule.ceiling))
+
+
+def adjust_tensors(
+    scale: Tensor, clean: Tensor, overflows: Tensor, rule: LossScaleRule, *, found_nonfinite: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adjust` on one-element tensors (fp32, int32, int32; bool) of one device; reads nothing back from it.
+
+    Examples:
+        >>> zero = torch.tensor(0, dtype=torch.int32)
+        >>> adjust_tensors(torch.tensor(8.0), zero, zero, LossScaleRule(), found_nonfinite=torch.tensor(True))[0].item()
+        4.0
+    """
+    backs_off = found_nonfinite & (overflows + 1 >= rule.hysteresis)
+    grows = ~found_nonfinite & (clean + 1 >= rule.interval)
+    lower = (scale * rule.backoff).clamp(min=rule.floor)
+    higher = (scale * rule.growth).clamp(max=rule.ceiling)
+    return (
+        torch.where(backs_off, lower, torch.where(grows, higher, scale)),
+        torch.where(found_nonfinite | grows, 0, clean + 1),
+        torch.where(found_nonfinite & ~backs_off, overflows + 1, 0),
+    )
