@@ -1,57 +1,22 @@
 """fp32 truth behind narrow weights: exact to the bit, for any optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.errors import UnsupportedError
 from halfstep.mechanisms import master_weights
-from halfstep.mechanisms.master_weights import (
-    PARAMETERWISE,
-    MasterWeights,
-    join,
-    join_slowly,
-    split,
-    split_slowly,
-)
+from halfstep.mechanisms.master_weights import PARAMETERWISE, MasterWeights
+from halfstep.numerics.movement import ELEMENTWISE
+from halfstep.numerics.rounding import split_slowly
+from helpers import bits
 
-Split = Callable[[Tensor], tuple[Tensor, Tensor]]
-Join = Callable[[Tensor, Tensor], Tensor]
-
-HIGH_HALVES = {
-    "zero": 0x0000,
-    "negative zero": 0x8000,
-    "smallest subnormals": 0x0001,
-    "negative subnormals": 0x8040,
-    "largest subnormals": 0x007F,
-    "smallest normals": 0x0080,
-    "one": 0x3F80,
-    "just below one": 0x3F7F,
-    "negative": 0xC049,
-    "largest finite": 0x7F7F,
-    "most negative finite": 0xFF7F,
-    "infinity and NaN": 0x7F80,
-    "negative infinity and NaN": 0xFF80,
-}
 SHAPES = [(7, 5), (13,), (2, 3, 4), (), (1, 1)]
 STEPS = 30
-
-
-def split_fast(weight: Tensor) -> tuple[Tensor, Tensor]:
-    live = torch.empty_like(weight, dtype=torch.bfloat16)
-    remainder = torch.empty_like(weight, dtype=torch.int16)
-    split(weight.clone(), live, remainder)
-    return live, remainder
-
-
-TWINS: dict[str, tuple[Split, Join]] = {"slow": (split_slowly, join_slowly), "fast": (split_fast, join)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,116 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=TWINS)
-def twin(request: pytest.FixtureRequest) -> tuple[Split, Join]:
-    return TWINS[request.param]
-
-
-def words(values: Any) -> Tensor:
-    """fp32 tensor of given 32-bit patterns."""
-    return torch.from_numpy(np.array(values, dtype=np.uint32).view(np.float32).copy())
-
-
-def bits(weight: Tensor) -> Tensor:
-    return weight.view({4: torch.int32, 2: torch.int16}[weight.element_size()])
-
-
-def block(high: int) -> Tensor:
-    """All 2^16 words with one high half, without the NaNs."""
-    weight = words(np.arange(1 << 16, dtype=np.uint32) | np.uint32(high << 16))
-    return weight[~weight.isnan()]
-
-
-def nearest_distance(value: Tensor) -> Tensor:
-    """fp64 distance from finite fp32 numbers to the nearest bf16, its exponent range taken as unbounded above."""
-    exact = value.to(torch.float64).numpy()
-    _, exponent = np.frexp(exact)
-    grid = np.ldexp(1.0, np.maximum(exponent, -125) - 8)  # 8 significant bits; fixed spacing below 2^-126
-    return torch.from_numpy(np.abs(exact - np.rint(exact / grid) * grid))
-
-
-def as_fp64(live: Tensor) -> Tensor:
-    """bf16 in fp64, with infinity where the next number after the largest would be."""
-    wide = live.to(torch.float64)
-    return torch.where(wide.isinf(), torch.sign(wide) * 2.0**128, wide)
-
-
-@pytest.mark.parametrize("high", HIGH_HALVES.values(), ids=HIGH_HALVES)
-def test_every_low_half_comes_back_bit_for_bit(twin: tuple[Split, Join], high: int) -> None:
-    apart, together = twin
-    weight = block(high)
-    live, remainder = apart(weight)
-    assert (live.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
-    assert torch.equal(bits(together(live, remainder)), bits(weight))
-
-
-@pytest.mark.parametrize("high", HIGH_HALVES.values(), ids=HIGH_HALVES)
-def test_live_weight_is_a_nearest_bf16(twin: tuple[Split, Join], high: int) -> None:
-    weight = block(high)
-    weight = weight[weight.isfinite()]
-    if weight.numel() == 0:
-        weight = torch.tensor([3.3e38])
-    live, _ = twin[0](weight)
-    assert torch.equal((as_fp64(live) - weight.to(torch.float64)).abs(), nearest_distance(weight))
-    assert torch.equal(live.signbit(), weight.signbit())
-
-
-@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
-def test_infinity_stays_infinity_while_it_is_narrow(twin: tuple[Split, Join], value: float) -> None:
-    apart, together = twin
-    live, remainder = apart(torch.tensor([value]))
-    assert live.tolist() == [value]
-    assert together(live, remainder).tolist() == [value]
-
-
-def test_tie_goes_away_from_zero(twin: tuple[Split, Join]) -> None:
-    ties = words([0x3F808000, 0x3F818000, 0xBF808000, 0x00008000, 0x80008000])
-    live, _ = twin[0](ties)
-    assert (bits(live).to(torch.int32) & 0xFFFF).tolist() == [0x3F81, 0x3F82, 0xBF81, 0x0001, 0x8001]
-
-
-def test_nan_stays_nan_in_its_usual_forms(twin: tuple[Split, Join]) -> None:
-    apart, together = twin
-    live, remainder = apart(words([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF80FFFF, 0x7FA12345]))
-    assert together(live, remainder).isnan().all()
-    assert live[:2].isnan().all()
-
-
-@pytest.mark.parametrize("high", HIGH_HALVES.values(), ids=HIGH_HALVES)
-def test_fast_split_and_join_agree_with_the_readable_truth(high: int) -> None:
-    weight = block(high)
-    (live, remainder), (slow_live, slow_remainder) = split_fast(weight), split_slowly(weight)
-    assert torch.equal(bits(live), bits(slow_live))
-    assert torch.equal(remainder, slow_remainder)
-    assert torch.equal(bits(join(slow_live, slow_remainder)), bits(join_slowly(slow_live, slow_remainder)))
-
-
-@settings(max_examples=200, deadline=None, database=None)
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64))
-def test_random_words_come_back_bit_for_bit_from_both_twins(patterns: list[int]) -> None:
-    weight = words(patterns)
-    weight = weight[~weight.isnan()]
-    finite = weight[weight.isfinite()]
-    for apart, together in TWINS.values():
-        assert torch.equal(bits(together(*apart(weight))), bits(weight))
-        assert torch.equal((as_fp64(apart(finite)[0]) - finite.to(torch.float64)).abs(), nearest_distance(finite))
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (3, 4)])
-def test_split_and_join_keep_the_shape(twin: tuple[Split, Join], shape: tuple[int, ...]) -> None:
-    apart, together = twin
-    live, remainder = apart(torch.ones(shape))
-    assert live.shape == remainder.shape == together(live, remainder).shape == torch.Size(shape)
-
-
-def test_join_leaves_its_inputs_as_they_were(twin: tuple[Split, Join]) -> None:
-    apart, together = twin
-    live, remainder = apart(torch.randn(64, generator=torch.Generator().manual_seed(0)))
-    before = live.clone(), remainder.clone()
-    together(live, remainder)
-    assert torch.equal(live, before[0]) and torch.equal(remainder, before[1])
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -211,7 +66,7 @@ def build(kind: type[Optimizer], params: list[nn.Parameter]) -> Optimizer:
     return kind(params, **extra.get(kind, {}))
 
 
-OPTIMIZERS = [*sorted(PARAMETERWISE, key=lambda kind: kind.__name__), Lars, torch.optim.Adafactor]
+OPTIMIZERS = [*sorted(ELEMENTWISE, key=lambda kind: kind.__name__), Lars, torch.optim.Adafactor]
 
 
 def narrowed(kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[list[nn.Parameter], MasterWeights]:
@@ -455,7 +310,10 @@ def test_split_behind_anything_but_bf16_is_refused_and_changes_nothing(dtype: to
     parameter, masters = nn.Parameter(torch.ones(3)), MasterWeights()
     with pytest.raises(UnsupportedError) as caught:
         masters.narrow(parameter, dtype, "split")
-    assert str(caught.value) == f"master 'split' works behind bf16 weights; got {dtype}; use master='fp32'"
+    assert (
+        str(caught.value)
+        == f"master 'split' works behind bf16 weights; got {dtype}, which is not a prefix of fp32; use master='fp32'"
+    )
     assert parameter.dtype == torch.float32 and len(masters) == 0
 
 

@@ -28,6 +28,8 @@ SPINE = [
     "numerics.formats",
     "plan",
     "control.search",
+    "numerics.rounding",
+    "numerics.movement",
     "machine.hardware",
     "machine.runtime",
     "mechanisms.layers",
