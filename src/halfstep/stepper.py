@@ -289,7 +289,8 @@ class Stepper:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(dense) if dense.is_complex() else dense
 
 
 def _measure_norm(gradients: Iterable[Tensor]) -> float:

@@ -228,7 +228,7 @@ def _open_rows(
     whole = {k: v for k, v in optimizer.state[parameter].items() if _is_like(v, parameter)}
     optimizer.state[parameter].update({key: value[rows] for key, value in whole.items()})
     numbers = torch.arange(len(rows), device=rows.device)[None]
-    renumbered = torch.sparse_coo_tensor(numbers, values, values.shape, is_coalesced=True)
+    renumbered = torch.sparse_coo_tensor(numbers, values, values.shape, is_coalesced=True, check_invariants=True)
     try:
         with _open_whole(parameter, renumbered, truth, truth.take_rows(rows), keys) as opened:
             yield opened
@@ -394,6 +394,7 @@ class MasterWeights:
         truth = self._find_truth(parameter)
         if truth:
             gradient = gradient.to(torch.float32)
+            gradient = gradient.coalesce() if gradient.is_sparse else gradient  # rows that occur twice, summed in fp32
         if factor != 1.0:
             gradient.mul_(factor)
         if truth is None:
@@ -401,7 +402,7 @@ class MasterWeights:
         match_states(optimizer, parameter, torch.float32)
         keys = derive_keys(self.seed, truth.number, self.steps)
         if _goes_by_rows(optimizer, parameter, gradient):
-            return _open_rows(optimizer, parameter, gradient.coalesce(), truth, keys)
+            return _open_rows(optimizer, parameter, gradient, truth, keys)
         return _open_whole(parameter, gradient, truth, truth, keys)
 
     @contextmanager

@@ -25,8 +25,9 @@ turn others into infinity or zero. Infinities, signed zeros and subnormals follo
 Kahan: live = bf16(weight), compensation = bf16(live - weight), weight = live - compensation in fp32: 17 significant bits at
 least, more where the compensation is small. It is subtracted, as in Kahan's summation, so that a negative zero stays one.
 Where the compensation rounds up to half a unit of `live`, the difference is a tie that would round to another pair next
-time; the pair kept is the one of the difference, so that reading and writing back changes nothing. Finite weights from 3.396e38
-on, whose nearest bf16 is infinity, become infinity, with compensation 0. Absolute precision ends at 2^-134, half the smallest bf16.
+time; the pair kept is the one of the difference, so that reading and writing back changes nothing. Finite weights from
+3.396e38 on, whose nearest bf16 is infinity, become infinity, with compensation 0. Absolute precision ends at 2^-134, half
+the smallest bf16.
 
 Stochastic: bf16(weight) away from zero with the probability of its low half / 2^16, else toward zero, so that the mean is
 the weight. Weights beyond the largest bf16, infinities and NaN are rounded to nearest: there is nothing above to choose.
