@@ -21,6 +21,9 @@ from halfstep.plan import Plan
 from halfstep.stepper import prepare
 from helpers import bits, copy_weights, make_mlp, seeded
 
+# torch's own Adagrad warns so, once a process
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+
 SHAPES = [(7, 5), (13,), (2, 3, 4), (), (1, 1)]
 STEPS = 30
 

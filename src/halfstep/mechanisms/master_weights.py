@@ -394,11 +394,12 @@ class MasterWeights:
         truth = self._find_truth(parameter)
         if truth:
             gradient = gradient.to(torch.float32)
-            gradient = gradient.coalesce() if gradient.is_sparse else gradient  # rows that occur twice, summed in fp32
         if factor != 1.0:
             gradient.mul_(factor)
         if truth is None:
             return _open_wide(parameter, gradient.to(parameter.dtype))
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()  # in fp32: sums rows that occur twice
         match_states(optimizer, parameter, torch.float32)
         keys = derive_keys(self.seed, truth.number, self.steps)
         if _goes_by_rows(optimizer, parameter, gradient):
