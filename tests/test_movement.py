@@ -84,7 +84,9 @@ def test_learning_rate_needed_moves_the_median_weight(master: str) -> None:
     (stall,) = watch_once(master, floor_of(master) / 64, weight=weight, gradient=gradient)
     assert stall.learning_rate_needed is not None and stall.median_update is not None
     assert stall.median_weight == pytest.approx(weight.abs().median().item(), rel=2**-8)
-    assert stall.median_update == pytest.approx(gradient.abs().median().item() * stall.learning_rate, rel=2**-8, abs=2**-24)
+    assert stall.median_update == pytest.approx(
+        gradient.abs().median().item() * stall.learning_rate, rel=2**-8, abs=2**-24
+    )
     assert stall.learning_rate_needed == stall.learning_rate * stall.smallest_step / stall.median_update
     assert watch_once(master, 2 * stall.learning_rate_needed, weight=weight, gradient=gradient) == ()
     assert len(watch_once(master, stall.learning_rate_needed / 4, weight=weight, gradient=gradient)) == 1

@@ -5,6 +5,9 @@ long it is trained (Zamirai et al. 2020, arXiv 2010.06192, section 3). With p si
 
     smallest step = 2^(floor(log2 |w|) - p)         p: fp32 24, kahan 17, split24 16, fp16 11, bf16 8
 
+(From a power of two toward zero, where numbers lie twice as close, half of that is enough; a small compensation of `kahan`
+has more than 17 bits.)
+
 A weight is *stuck* in an update when its gradient was not zero and its value is the same before and after. A parameter
 group *stalls* when half of its weights or more are stuck: its median weight does not move. What counts as the value:
 
