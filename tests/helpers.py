@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +109,16 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, *, scale: 
     """Equal within what `dtype` can resolve, times `scale` where errors add up over several steps."""
     relative, absolute = TOLERANCES[dtype]
     torch.testing.assert_close(actual, expected, rtol=scale * relative, atol=scale * absolute, check_dtype=False)
+
+
+def words(values: Any) -> Tensor:
+    """fp32 tensor of given 32-bit patterns."""
+    return torch.from_numpy(np.array(values, dtype=np.uint32).view(np.float32).copy())
+
+
+def bits(weight: Tensor) -> Tensor:
+    """The patterns of a tensor's numbers, as integers as wide as they are."""
+    return weight.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[weight.element_size()])
 
 
 def has_hooks(model: nn.Module) -> bool:

@@ -252,6 +252,13 @@ def test_format_that_cannot_be_honoured_is_refused_and_the_model_untouched(forma
         ("compute=fp16 storage=bf16 master=fp32", ("storage=bf16", "compute=fp16")),
         ("compute=bf16 storage=fp32 master=split", ("master=split", "storage")),
         ("compute=fp16 storage=fp16 master=split", ("master=split", "storage=fp16")),
+        ("compute=bf16 storage=fp32 master=kahan", ("master=kahan", "fp32 weights are their own truth")),
+        ("compute=fp16 storage=fp16 master=kahan", ("master=kahan", "storage=fp16 has no range", "master=fp32")),
+        ("compute=fp16 storage=fp16 master=split24", ("master=split24", "storage=fp16 is not a prefix", "master=fp32")),
+        (
+            "compute=fp16 storage=fp16 master=stochastic",
+            ("master=stochastic", "storage=fp16 has no range", "master=fp32"),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_and_the_model_untouched(

@@ -6,11 +6,13 @@ import pickle
 import pytest
 
 from halfstep import errors
-from halfstep.errors import HalfstepError, MissingExtraError, describe_unknown
+from halfstep.errors import HalfstepError, MissingExtraError, StallWarning, describe_unknown
 
 TREE = [
-    kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__
-]  # every class of the module, the root too
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if kind.__module__ == errors.__name__ and not issubclass(kind, Warning)
+]  # every error of the module, the root too
 
 
 def test_every_error_is_a_halfstep_error_and_a_builtin_kind() -> None:
@@ -31,6 +33,11 @@ def test_every_error_is_a_halfstep_error_and_a_builtin_kind() -> None:
     for kind in TREE:
         assert issubclass(kind, HalfstepError)
         assert issubclass(kind, builtin[kind.__name__])
+
+
+def test_warnings_are_named_in_the_docstring_and_are_no_errors() -> None:
+    assert issubclass(StallWarning, UserWarning) and not issubclass(StallWarning, HalfstepError)
+    assert "StallWarning" in (errors.__doc__ or "")
 
 
 def test_the_tree_in_the_docstring_names_every_error() -> None:

@@ -29,6 +29,8 @@ SPINE = [
     "plan",
     "control.search",
     "control.controller",
+    "numerics.rounding",
+    "numerics.movement",
     "machine.hardware",
     "machine.runtime",
     "mechanisms.layers",

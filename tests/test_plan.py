@@ -310,7 +310,10 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         ("bf16-mixd", "unknown precision 'bf16-mixd'; did you mean 'bf16-mixed'? Allowed: 16, 16-mixed, 16-true, 32, "),
         ("", "unknown precision ''. Allowed: "),
         ("path=a kind=liner", "unknown kind 'liner'; did you mean 'linear'? Allowed: attention, conv, embedding, "),
-        ("path=a master=splt", "unknown master 'splt'; did you mean 'split'? Allowed: fp32, none, split"),
+        (
+            "path=a master=splt",
+            "unknown master 'splt'; did you mean 'split'? Allowed: fp32, kahan, none, split, split24, stochastic",
+        ),
         ("path=a cast=ops", "unknown cast 'ops'; did you mean 'op'? Allowed: op, unit"),
         ("loss_scale=dynamc", "unknown loss_scale 'dynamc'; did you mean 'dynamic'? Allowed: dynamic, layer, none"),
         ("path=a computee=bf16", "unknown key in a rule 'computee'; did you mean 'compute'? Allowed: cast, compute, "),

@@ -30,7 +30,7 @@ from halfstep.mechanisms.layers import (
     make_unit,
     undo_unit,
 )
-from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.master_weights import WAYS, MasterWeights
 from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Resolution, Settings
 from halfstep.records import LayerRecord
@@ -261,7 +261,14 @@ def _require_possible(path: str, settings: Settings) -> None:
             f"{where}: storage={settings.storage} with compute={settings.compute}; weights are stored in fp32 or in the "
             "format they are computed in"
         )
-    if settings.storage == "fp32" and settings.master == "split":
-        raise UnsupportedError(f"{where}: master=split needs storage=bf16; fp32 weights are their own truth")
-    if settings.master == "split" and find_format(settings.storage).name != "bf16":
-        raise UnsupportedError(f"{where}: master=split works behind bf16; storage={settings.storage} takes master=fp32")
+    if settings.master in ("none", "fp32"):
+        return
+    if settings.storage == "fp32":
+        raise UnsupportedError(
+            f"{where}: master={settings.master} needs storage=bf16; fp32 weights are their own truth"
+        )
+    if find_format(settings.storage).name != "bf16":
+        raise UnsupportedError(
+            f"{where}: master={settings.master} works behind bf16; storage={settings.storage} "
+            f"{WAYS[settings.master].why_bf16}, it takes master=fp32"
+        )

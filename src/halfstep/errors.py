@@ -12,6 +12,8 @@
     ├── TrainingError       a run that cannot go on
     └── MissingExtraError   an optional dependency that is not installed
 
+    StallWarning            a UserWarning: weights that no longer move, because updates are too small for their precision
+
 A user's mistake raises one of these. `assert` is kept for halfstep's own invariants.
 """
 
@@ -73,6 +75,10 @@ class MissingExtraError(HalfstepError, ImportError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), self._arguments
+
+
+class StallWarning(UserWarning):
+    """Weights that do not move, because their updates are too small for the precision they are kept in."""
 
 
 def describe_unknown(what: str, given: object, allowed: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ A plan is an ordered list of rules. A rule has keys (which modules it is for) an
     settings   compute  format of the module's inputs and products
                output   format of what it returns; left out: as computed
                storage  format its live weights are kept in
-               master   how the fp32 truth behind 16-bit weights is kept: fp32 | split | none
+               master   how the fp32 truth behind 16-bit weights is kept: fp32 | split | kahan | split24 |
+                        stochastic | none
                cast     where activations are converted: `op` (every operation under the module, as torch.autocast
                         does it) or `unit` (only around the module itself)
 
@@ -36,7 +37,7 @@ from halfstep.numerics.formats import find_format
 
 SCHEMA = 1
 KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
-MASTERS = ("fp32", "split", "none")
+MASTERS = ("fp32", "split", "kahan", "split24", "stochastic", "none")
 CASTS = ("op", "unit")
 LOSS_SCALES = ("none", "dynamic", "layer")
 HEAD = ("name", "loss_scale", "recovery")  # keys of the plan itself

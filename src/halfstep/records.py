@@ -103,6 +103,49 @@ class StepOutcome(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stall(Record):
+    """Weights of one parameter group that an update did not move, though their gradient was not zero.
+
+    The numbers are those of a sample of at most about 65,000 weights of the group, spread evenly; all of a smaller one.
+
+    Examples:
+        >>> stall = Stall(group=0, storage="bf16", master="none", learning_rate=1e-6, weights=1000, stuck=990,
+        ...               median_weight=0.03, smallest_step=6e-5, median_update=1e-6, learning_rate_needed=6e-5)
+        >>> str(stall).split("; ")[-1]
+        'use master=split, or lr >= 6e-05'
+    """
+
+    group: int  # number of the optimizer's parameter group
+    storage: str  # format of the live weights
+    master: str  # how their fp32 truth is kept
+    learning_rate: float
+    weights: int  # that had a gradient other than zero
+    stuck: int  # of those: the value is the same after the update
+    median_weight: float  # of their absolute values
+    smallest_step: float  # the smallest change that moves the median weight: half a unit in its last place
+    median_update: float | None  # of absolute values, in fp32; None where it cannot be told
+    learning_rate_needed: (
+        float | None
+    )  # at which the median update moves the median weight; None where it cannot be told
+
+    @property
+    def share(self) -> float:
+        return self.stuck / self.weights
+
+    def __str__(self) -> str:
+        update = "" if self.median_update is None else f", its update was {self.median_update:.3g}"
+        needed = "a larger lr" if self.learning_rate_needed is None else f"lr >= {self.learning_rate_needed:.2g}"
+        exact = "split" if self.storage == "bf16" else "fp32"
+        coarse = self.storage != "fp32" and self.master in ("none", "kahan", "split24")
+        remedy = f"use master={exact}, or {needed}" if coarse else f"fp32 is too coarse for it; use {needed}"
+        return (
+            f"parameter group {self.group} stalls at lr={self.learning_rate:.3g}: {100 * self.share:.1f} % of its "
+            f"{self.storage} weights (master={self.master}) that had a gradient did not move; the median weight "
+            f"{self.median_weight:.3g} moves by {self.smallest_step:.2g} or more{update}; {remedy}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecord(Record):
     """One training step as it was written down."""
 
@@ -238,7 +281,7 @@ class ComparisonRecord(Record):
 KINDS: dict[str, type[Record]] = {
     kind.__name__: kind
     for kind in (
-        Measurement, Capability, HardwareProfile, StepOutcome, StepRecord, EvaluationRecord,
+        Measurement, Capability, HardwareProfile, StepOutcome, Stall, StepRecord, EvaluationRecord,
         LayerRecord, PlanRecord, RunRecord, EndRecord, Point, ArmResult, ComparisonRecord,
     )
 }  # fmt: skip

@@ -8,25 +8,31 @@ optimizer does to it what it always does, and it is narrowed again:
 The optimizer sees ordinary fp32 parameters with fp32 gradients, so its states are fp32 and any optimizer will do. Only
 one chunk is wide at a time; optimizers skip parameters that have no gradient, which is how a step is confined to it.
 
-Two ways to keep the truth:
+Five ways to keep the truth, each of them a way to read an fp32 word and to write it back:
 
-    fp32    a second, fp32 tensor.                                       2 + 4 bytes a parameter
-    split   the 16 bits that bf16 lacks.                                 2 + 2 bytes, exact
+    fp32         a second, fp32 tensor                        2 + 4 bytes a weight    24 significant bits, exact
+    split        the 16 bits that bf16 lacks                  2 + 2                   24, exact
+    kahan        a bf16 compensation                          2 + 2                   17 at least
+    split24      8 of the 16 bits that bf16 lacks             2 + 1                   16
+    stochastic   nothing; updates are rounded stochastically  2                       8, and 24 in the mean
 
-`split` rounds the fp32 word to its upper 16 bits and remembers what that left over, as a signed number:
+`numerics.rounding` defines them to the bit. What is read and written back without an update in between is the same pair
+again, so a state dict of fp32 values restores every one of them bit for bit. All but `fp32` need bf16: fp16 is not a prefix
+of fp32, and its range ends where a compensation 2^11 times smaller than its weight begins.
 
-    live      = (bits32 + 0x8000) >> 16      modulo 2^32: the nearest bf16; a tie goes away from zero
-    remainder = bits32 - (live << 16)        within 16 signed bits
-    bits32    = (live << 16) + remainder     every fp32 word comes back, bit for bit
+`kahan` keeps the state of Kahan summation: weight and running compensation. Zamirai et al. take the compensation into the
+update and round the sum into the weight; here the optimizer works on the compensated weight in fp32 and the result is split
+again: the same recursion with fewer roundings, in which weight decay sees the compensated weight.
 
-A tie has to go away from zero and not to even: rounded to even, half of the ties would leave a remainder of +0x8000, one
-more than 16 signed bits hold. `live` is bf16 infinity from 3.396e38 on, as in every rounding to nearest.
+Rows: where a gradient is sparse and the optimizer works row by row, only the rows that have a gradient are widened, updated
+and narrowed again, with their rows of the optimizer's states.
 
-Sources: Kalamkar et al. 2019 (arXiv 1905.12322), split SGD; Micikevicius et al. 2018, section 3.1, master weights.
+Sources: Kalamkar et al. 2019 (arXiv 1905.12322), split SGD; Micikevicius et al. 2018, section 3.1, master weights;
+Zamirai et al. 2020 (arXiv 2010.06192), stochastic rounding and Kahan summation for bf16 weights.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,52 +40,63 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.errors import UnsupportedError
+from halfstep.numerics.movement import ELEMENTWISE, Watch
+from halfstep.numerics.rounding import (
+    apply_compensation,
+    compensate,
+    derive_keys,
+    draw_noise,
+    draw_noise_at,
+    join,
+    join24,
+    round_stochastically,
+    split,
+    split24,
+)
+from halfstep.records import Stall
 
-HALF_ULP = 0x8000
 CHUNK = 1 << 20  # parameters that are wide at once: 8 MB of weights and gradients
+BLOCK = 1 << 16  # weights that are narrowed at once: a few buffers of them fit into a core's second-level cache
 
-PARAMETERWISE = {
-    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax, torch.optim.AdamW, torch.optim.ASGD,
-    torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD,
-}  # fmt: skip
+PARAMETERWISE = {*ELEMENTWISE, torch.optim.SparseAdam}
 """Optimizers known to treat parameters one by one; any other gets all of its parameters in one chunk."""
 
+DENSE = {*ELEMENTWISE.difference((torch.optim.SGD, torch.optim.Adagrad)), torch.optim.Adafactor}
+"""Optimizers known to refuse sparse gradients."""
 
-def split_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 tensor -> (bf16, int16 remainder), as the head of this module defines it: the readable truth.
-
-    Examples:
-        >>> live, remainder = split_slowly(torch.tensor([1.00390625]))      # halfway between two bf16 numbers
-        >>> live.item(), remainder.item()
-        (1.0078125, -32768)
-    """
-    bits = weight.view(torch.int32).to(torch.int64)
-    live = ((bits + HALF_ULP) >> 16) & 0xFFFF
-    return _as_int16(live).view(torch.bfloat16), _as_int16((bits - (live << 16)) & 0xFFFF)
+BY_ROWS = {torch.optim.SparseAdam, torch.optim.Adagrad, torch.optim.SGD}
+"""Optimizers that take sparse gradients and treat rows one by one; SGD without momentum."""
 
 
-def join_slowly(live: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 tensor that `split_slowly` took apart."""
-    bits = ((live.view(torch.int16).to(torch.int64) << 16) + remainder.to(torch.int64)) & 0xFFFFFFFF
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+@dataclass(frozen=True)
+class Way:
+    """A way to keep fp32 values: what stands beside the live weight, how it is read, how it is written at nearest."""
+
+    kept: torch.dtype | None
+    read: Callable[[Tensor, Tensor], Tensor]  # live, kept -> fp32
+    write: Callable[[Tensor, Tensor, Tensor], None]  # fp32, used up; live and kept, written to
+    why_bf16: str = ""  # why it takes no other live weight; empty where it does
 
 
-def _as_int16(unsigned: Tensor) -> Tensor:
-    return torch.where(unsigned >= 1 << 15, unsigned - (1 << 16), unsigned).to(torch.int16)
+def _copy_both(weight: Tensor, live: Tensor, kept: Tensor) -> None:
+    if kept.data_ptr() != weight.data_ptr():  # `read` hands out the kept tensor itself
+        kept.copy_(weight)
+    live.copy_(weight)
 
 
-def split(weight: Tensor, live: Tensor, remainder: Tensor) -> None:
-    """`split_slowly` into given tensors, by vectorised passes; `weight` is used up."""
-    bits = weight.view(torch.int32)
-    remainder.copy_(bits)  # conversion to a narrower integer keeps the low 16 bits, which are the remainder
-    live.view(torch.int16).copy_(bits.add_(HALF_ULP).bitwise_right_shift_(16))
+def _round_live(weight: Tensor, live: Tensor, _kept: Tensor) -> None:
+    live.copy_(weight)
 
 
-def join(live: Tensor, remainder: Tensor) -> Tensor:
-    """`join_slowly` by vectorised passes."""
-    weight = live.to(torch.float32)  # the same as a shift by 16, and faster
-    weight.view(torch.int32).add_(remainder)
-    return weight
+WAYS = {
+    "fp32": Way(torch.float32, lambda live, kept: kept, _copy_both),
+    "split": Way(torch.int16, join, split, "is not a prefix of fp32"),
+    "split24": Way(torch.int8, join24, split24, "is not a prefix of fp32"),
+    "kahan": Way(
+        torch.bfloat16, apply_compensation, compensate, "has no range for a compensation far below its weight"
+    ),
+    "stochastic": Way(None, lambda live, kept: live.to(torch.float32), _round_live, "has no range for small weights"),
+}
 
 
 def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dtype) -> None:
@@ -95,30 +112,78 @@ class _Truth:
     """How one parameter's fp32 value is kept while its live weight is narrow."""
 
     kind: str
-    dtype: torch.dtype
+    number: int  # of the parameter, for its noise
     live: Tensor
-    kept: Tensor  # split: int16 remainder; fp32: the fp32 value
+    kept: Tensor  # what the way keeps beside it; empty where that is nothing
     version: int = 0  # of the parameter when `live` last became its data
 
     @staticmethod
-    def of(weight: Tensor, kind: str, dtype: torch.dtype) -> "_Truth":
-        live = torch.empty_like(weight, dtype=dtype)
-        kept = torch.empty_like(weight, dtype=torch.int16) if kind == "split" else torch.empty(0)
-        truth = _Truth(kind, dtype, live, kept)
+    def of(weight: Tensor, kind: str, number: int, dtype: torch.dtype) -> "_Truth":
+        beside = WAYS[kind].kept
+        kept = torch.empty(0) if beside is None else torch.empty_like(weight, dtype=beside)
+        truth = _Truth(kind, number, torch.empty_like(weight, dtype=dtype), kept)
         truth.write(weight.clone())
         return truth
 
     def read(self) -> Tensor:
         """The fp32 value; for `fp32` the kept tensor itself."""
-        return join(self.live, self.kept) if self.kind == "split" else self.kept
+        return WAYS[self.kind].read(self.live, self.kept)
 
     def write(self, weight: Tensor) -> None:
-        """Take an fp32 tensor over as the new value."""
-        if self.kind == "split":
-            split(weight, self.live, self.kept)
+        """Take an fp32 tensor over as the new value, rounded to nearest; the tensor is used up."""
+        for _, block, live, kept in self._divide(weight):
+            WAYS[self.kind].write(block, live, kept)
+
+    def update(self, weight: Tensor, keys: tuple[int, int]) -> None:
+        """Take over what an optimizer made of the value; the tensor is used up."""
+        if self.kind != "stochastic":
+            return self.write(weight)
+        for start, block, live, _ in self._divide(weight):
+            noise = draw_noise(keys, start, block.numel(), block.device)
+            live.copy_(round_stochastically(block, noise.view(block.shape)))
+
+    def _divide(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """First element, weight, live and kept of blocks that fit into a core's cache, so that many passes over them are
+        cheap; a tensor in another memory format in one piece."""
+        tensors = (weight, *self._tensors())
+        if weight.numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
+            yield 0, *tensors
+            return
+        flat = [tensor.view(-1) for tensor in tensors]
+        for start in range(0, weight.numel(), BLOCK):
+            wide, live, kept = (tensor[start : start + BLOCK] for tensor in flat)
+            yield start, wide, live, kept
+
+    def read_at(self, picks: Tensor) -> Tensor:
+        """The fp32 values of elements by their number."""
+        live, kept = (t.reshape(-1)[picks] for t in self._tensors())
+        return WAYS[self.kind].read(live, kept)
+
+    def take_rows(self, rows: Tensor) -> "_Rows":
+        live, kept = (t[rows] for t in self._tensors())
+        return _Rows(self.kind, self.number, live, kept, whole=self, rows=rows)
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        """Live and kept, both with the parameter's shape."""
+        return self.live, self.kept if self.kept.numel() else self.live
+
+
+@dataclass(kw_only=True)
+class _Rows(_Truth):
+    """Some rows of a truth; an update goes into the whole."""
+
+    whole: _Truth
+    rows: Tensor
+
+    def update(self, weight: Tensor, keys: tuple[int, int]) -> None:
+        if self.kind == "stochastic":
+            width = weight[0].numel() if len(weight) else 0
+            element = self.rows[:, None] * width + torch.arange(width, device=weight.device)
+            self.live = round_stochastically(weight, draw_noise_at(keys, element).view(weight.shape))
         else:
-            self.kept = weight
-            self.live.copy_(weight)
+            self.write(weight)
+            self.whole.kept.index_copy_(0, self.rows, self.kept)
+        self.whole.live.index_copy_(0, self.rows, self.live)
 
 
 def _show(parameter: nn.Parameter, truth: _Truth) -> None:
@@ -127,8 +192,82 @@ def _show(parameter: nn.Parameter, truth: _Truth) -> None:
     truth.version = parameter._version
 
 
+@contextmanager
+def _open_wide(parameter: nn.Parameter, gradient: Tensor) -> Iterator[None]:
+    parameter.grad = gradient
+    try:
+        yield
+    finally:
+        parameter.grad = None
+
+
+@contextmanager
+def _open_whole(
+    parameter: nn.Parameter, gradient: Tensor, truth: _Truth, opened: _Truth, keys: tuple[int, int]
+) -> Iterator[_Truth]:
+    """`opened` is the truth, or rows of it."""
+    parameter.data = opened.read()
+    parameter.grad = gradient
+    try:
+        yield opened
+    finally:
+        parameter.grad = None
+        opened.update(parameter.data, keys)
+        _show(parameter, truth)
+
+
+@contextmanager
+def _open_rows(
+    optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, truth: _Truth, keys: tuple[int, int]
+) -> Iterator[_Truth]:
+    """Rows that have a gradient, as a parameter of their own with their rows of the states.
+
+    States that the optimizer makes now begin as zeros in the other rows, as the optimizers of BY_ROWS make them.
+    """
+    rows, values = gradient.indices()[0], gradient.values()
+    whole = {k: v for k, v in optimizer.state[parameter].items() if _is_like(v, parameter)}
+    optimizer.state[parameter].update({key: value[rows] for key, value in whole.items()})
+    numbers = torch.arange(len(rows), device=rows.device)[None]
+    renumbered = torch.sparse_coo_tensor(numbers, values, values.shape, is_coalesced=True, check_invariants=True)
+    try:
+        with _open_whole(parameter, renumbered, truth, truth.take_rows(rows), keys) as opened:
+            yield opened
+    finally:
+        state = optimizer.state[parameter]
+        for key in [key for key, value in state.items() if key in whole or _is_like(value, values)]:
+            full = whole.get(key, torch.zeros_like(truth.live, dtype=torch.float32))
+            state[key] = full.index_copy_(0, rows, state[key])
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    """Whether a state is one number for each of the parameter's."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
+
+
+def _goes_by_rows(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> bool:
+    if not gradient.is_sparse or gradient.sparse_dim() != 1 or type(optimizer) not in BY_ROWS:
+        return False
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    return not group.get("momentum")  # SGD's momentum is sparse too, and moves rows of earlier gradients
+
+
+def _require_sparse(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    """Raises UnsupportedError where optimizer and gradients do not fit, before anything has moved."""
+    name = type(optimizer).__name__
+    if type(optimizer) in DENSE and any(gradient.is_sparse for gradient in gradients.values()):
+        raise UnsupportedError(
+            f"{name} takes no sparse gradients; use SparseAdam, Adagrad or SGD, or make the embedding with sparse=False"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam) and not all(g.is_sparse for g in gradients.values()):
+        raise UnsupportedError(
+            "SparseAdam takes only sparse gradients; give the other parameters an optimizer of their own"
+        )
+
+
 class MasterWeights:
     """Keeps parameters narrow, and steps an optimizer on their fp32 truth.
+
+    seed: of the noise of stochastic rounding; the same on all replicas, so that they stay equal.
 
     Examples:
         >>> layer = nn.Linear(4, 4)
@@ -138,8 +277,11 @@ class MasterWeights:
         (torch.bfloat16, torch.float32)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.steps = 0  # calls of `step`; each has noise of its own
         self._truths: dict[nn.Parameter, _Truth] = {}
+        self._narrowed = 0  # parameters that were ever narrowed: the number of the next
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self._truths
@@ -147,18 +289,36 @@ class MasterWeights:
     def __len__(self) -> int:
         return len(self._truths)
 
-    def narrow(self, parameter: nn.Parameter, dtype: torch.dtype, kind: str) -> None:
-        """Make a parameter's live weight `dtype` and keep its fp32 truth as `kind`: fp32, split or none.
+    def state_dict(self) -> dict[str, int]:
+        """What the noise of the next update depends on; the values are in the model's own state dict, as fp32.
 
-        Raises UnsupportedError for a split behind anything but bf16: fp16 is not a prefix of fp32.
+        Examples:
+            >>> MasterWeights(seed=3).state_dict()
+            {'seed': 3, 'steps': 0}
         """
-        if kind == "split" and dtype is not torch.bfloat16:
-            raise UnsupportedError(f"master 'split' works behind bf16 weights; got {dtype}; use master='fp32'")
+        return {"seed": self.seed, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with the noise of a saved state."""
+        self.seed, self.steps = state["seed"], state["steps"]
+
+    def narrow(self, parameter: nn.Parameter, dtype: torch.dtype, kind: str) -> None:
+        """Make an fp32 parameter's live weight `dtype` and keep its fp32 truth as `kind`: a word of WAYS, or none.
+
+        Raises UnsupportedError for a kind that needs bf16 behind anything else, and for parameters that are not fp32.
+        """
+        if parameter.dtype != torch.float32:
+            raise UnsupportedError(f"only fp32 parameters can be narrowed; got {parameter.dtype}; leave it as it is")
+        if kind != "none" and WAYS[kind].why_bf16 and dtype is not torch.bfloat16:
+            raise UnsupportedError(
+                f"master '{kind}' works behind bf16 weights; got {dtype}, which {WAYS[kind].why_bf16}; use master='fp32'"
+            )
         parameter.grad = None
+        number, self._narrowed = self._narrowed, self._narrowed + 1
         if kind == "none":
             parameter.data = parameter.data.to(dtype)
             return
-        truth = _Truth.of(parameter.data, kind, dtype)
+        truth = _Truth.of(parameter.data, kind, number, dtype)
         self._truths[parameter] = truth
         _show(parameter, truth)
 
@@ -177,7 +337,7 @@ class MasterWeights:
         return truth
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the parameter from an fp32 tensor, truth and live weight."""
+        """Set the parameter from an fp32 tensor, truth and live weight, rounded to nearest."""
         if parameter in self._truths:
             self._truths[parameter].write(value.detach().to(parameter.device, torch.float32).clone())
             _show(parameter, self._truths[parameter])
@@ -191,32 +351,60 @@ class MasterWeights:
         parameter.grad = None
         parameter.data = truth.read() if truth else parameter.data.to(torch.float32)
 
-    def step(self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float = 1.0) -> None:
+    def step(
+        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float = 1.0, *, watch: bool = False
+    ) -> tuple[Stall, ...]:
         """One optimizer step with `gradients` times `factor`, chunk by chunk; leaves no gradient behind.
 
-        The gradients are used up.
+        The gradients are used up. Where `watch` is true, the parameter groups that stall are returned, as
+        `numerics.movement` defines it; the update is the same to the bit, and costs more.
+
+        Raises UnsupportedError for a sparse gradient that the optimizer is known to refuse; nothing has moved then.
         """
+        _require_sparse(optimizer, gradients)
+        self.steps += 1
+        watcher = Watch(optimizer, gradients) if watch else None
         for parameter in gradients:
             parameter.grad = None
         for chunk in self._chunks(optimizer, gradients):
-            for parameter in chunk:
-                gradient = gradients.pop(parameter)
-                truth = self._find_truth(parameter)
-                if truth:
-                    parameter.data = truth.read()
-                    match_states(optimizer, parameter, torch.float32)
-                    gradient = gradient.to(torch.float32)
-                if factor != 1.0:
-                    gradient.mul_(factor)
-                parameter.grad = gradient.to(parameter.dtype)
-            try:
-                optimizer.step()
-            finally:
+            opened: dict[nn.Parameter, _Truth | None] = {}
+            with ExitStack() as narrowing:
                 for parameter in chunk:
-                    parameter.grad = None
-                    if parameter in self._truths:
-                        self._truths[parameter].write(parameter.data)
-                        _show(parameter, self._truths[parameter])
+                    opening = self._open(optimizer, parameter, gradients.pop(parameter), factor)
+                    opened[parameter] = narrowing.enter_context(opening)
+                if watcher:
+                    for parameter, truth in opened.items():
+                        storage, kind = (truth.live.dtype, truth.kind) if truth else (parameter.dtype, "none")
+                        watcher.look_before(parameter, storage, kind)
+                optimizer.step()
+                if watcher:
+                    for parameter in opened:
+                        watcher.look_after(parameter)
+            if watcher:
+                for parameter, truth in opened.items():
+                    if truth:
+                        watcher.look_narrowed(parameter, truth.read_at)
+        return watcher.judge() if watcher else ()
+
+    def _open(
+        self, optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, factor: float
+    ) -> AbstractContextManager[_Truth | None]:
+        """A parameter as its optimizer is to find it: wide, with its gradient; at the end of the block it is narrow again,
+        without one. Gives what it was read from."""
+        truth = self._find_truth(parameter)
+        if truth:
+            gradient = gradient.to(torch.float32)
+        if factor != 1.0:
+            gradient.mul_(factor)
+        if truth is None:
+            return _open_wide(parameter, gradient.to(parameter.dtype))
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()  # in fp32: sums rows that occur twice
+        match_states(optimizer, parameter, torch.float32)
+        keys = derive_keys(self.seed, truth.number, self.steps)
+        if _goes_by_rows(optimizer, parameter, gradient):
+            return _open_rows(optimizer, parameter, gradient, truth, keys)
+        return _open_whole(parameter, gradient, truth, truth, keys)
 
     @contextmanager
     def widened(self) -> Iterator[None]:
@@ -246,10 +434,10 @@ class MasterWeights:
                 parameter.grad = None
                 parameter.data = truth.read()
 
-    def _chunks(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    def _chunks(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> Iterator[list[nn.Parameter]]:
         """Parameters that are already wide in the first chunk, the others in chunks of about CHUNK numbers."""
-        narrow = [p for p in parameters if p in self._truths]
-        wide = [p for p in parameters if p not in self._truths]
+        narrow = [p for p in gradients if p in self._truths]
+        wide = [p for p in gradients if p not in self._truths]
         if not narrow or type(optimizer) not in PARAMETERWISE:
             yield wide + narrow
             return
