@@ -38,6 +38,7 @@ SPINE = [
     "mechanisms.loss_scale",
     "mechanisms.grad_scaler",
     "mechanisms.master_weights",
+    "mechanisms.optimizer_states",
     "control.monitor",
     "conversion",
     "control.sensitivity",

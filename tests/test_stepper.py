@@ -17,8 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from halfstep import stepper as stepper_module
 from halfstep.control.sensitivity import Choice
-from halfstep.errors import FormatError, ModelError, PlanError, TrainingError, UnsupportedError
+from halfstep.errors import FormatError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
+from halfstep.mechanisms.optimizer_states import Quantized
 from halfstep.plan import Plan
 from halfstep.records import StepOutcome
 from halfstep.stepper import Stepper, prepare, read_plan
@@ -744,6 +745,7 @@ def test_state_round_trip_with_every_field_away_from_its_default() -> None:
         ),
         "loss_scale": {"scale": 8.0, "clean": 7, "overflows": 2},
         "recovery": {"skips": 3, "failures": 2, "clean": 4, "rate": 0.25, "actions": 1},
+        "masters": {"seed": 7, "steps": 6},
         "applied": 5,
         "skipped": 3,
         "micro": 0,
@@ -751,7 +753,7 @@ def test_state_round_trip_with_every_field_away_from_its_default() -> None:
     }
     assert state.keys() == fresh.keys()
     assert state["recovery"].keys() == fresh["recovery"].keys()
-    assert all(state[key] != fresh[key] for key in ("plan", "loss_scale", "recovery", "applied", "skipped"))
+    assert all(state[key] != fresh[key] for key in ("plan", "loss_scale", "recovery", "masters", "applied", "skipped"))
     stepper.load_state_dict(state)
     assert stepper.state_dict() == state
     assert (stepper.scale, stepper.applied, stepper.skipped) == (8.0, 5, 3)
@@ -1410,3 +1412,138 @@ def test_policy_of_the_plan_is_in_force_after_resume() -> None:
     x, y = make_regression_batches(1)[0]
     with pytest.raises(TrainingError, match="the loss is nan"):
         train(fresh, [(x * math.nan, y)])
+
+
+# --- optimizer states in 8 bits, gradient release, stalls
+
+
+def make_wide(seed: int = 0) -> nn.Sequential:
+    """Large enough for 8-bit states: 8 numbers in, 3 out."""
+    with seeded(seed):
+        return nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 16), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", SPLIT, NO_MASTER])
+@pytest.mark.parametrize("fused", [False, True])
+def test_states_in_8_bits_train_as_fp32_states_do(mode: str, fused: bool) -> None:
+    losses = []
+    for states in ("fp32", "8-bit"):
+        model = make_wide()
+        stepper = prepare(model, make_adamw(model, lr=3e-3, fused=fused), replace(read_plan(mode), states=states))
+        train(stepper, make_regression_batches(60))
+        held = [v for state in stepper.optimizer.state.values() for v in state.values()]
+        assert any(isinstance(value, Quantized) for value in held) == (states == "8-bit" and mode != NO_MASTER)
+        with torch.no_grad(), stepper.autocast():
+            losses.append(sum(F.mse_loss(model(x).float(), y).item() for x, y in make_regression_batches(4)))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.01)
+
+
+def test_states_in_8_bits_resume_bit_for_bit_and_can_be_left() -> None:
+    batches = make_regression_batches(12)
+    models = [make_wide(), make_wide(1)]
+    plan = replace(read_plan(SPLIT), states="8-bit")
+    straight = prepare(models[0], make_adamw(models[0]), plan)
+    train(straight, batches[:6])
+    saved = copy.deepcopy((straight.state_dict(), copy_weights(models[0]), straight.optimizer.state_dict()))
+    train(straight, batches[6:])
+    fresh = prepare(models[1], make_adamw(models[1]), "32-true")
+    fresh.load_state_dict(saved[0])
+    models[1].load_state_dict(saved[1])
+    fresh.optimizer.load_state_dict(saved[2])
+    train(fresh, batches[6:])
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    fresh.adopt(read_plan(SPLIT))
+    assert not any(isinstance(v, Quantized) for state in fresh.optimizer.state.values() for v in state.values())
+    assert train(fresh, batches[:1])[0].applied
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", SPLIT, "bf16-true"])
+def test_release_in_the_backward_pass_gives_the_same_weights(mode: str) -> None:
+    models = [make_wide(), make_wide()]
+    steppers = [
+        prepare(m, make_adamw(m), mode, release=release) for m, release in zip(models, (False, True), strict=True)
+    ]
+    outcomes = [train(stepper, make_regression_batches(8)) for stepper in steppers]
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    assert [o.applied for o in outcomes[1]] == [True] * 8
+    norms = [[o.gradient_norm for o in one] for one in outcomes]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_release_never_holds_two_gradients() -> None:
+    model = make_wide()
+    stepper = prepare(model, make_adamw(model), SPLIT, release=True)
+    alive: list[int] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
+        )
+    train(stepper, make_regression_batches(2))
+    assert alive == [0] * 12
+
+
+def test_release_leaves_out_a_gradient_that_is_not_finite_and_skips_a_loss_that_is_not() -> None:
+    model = make_wide()
+    stepper = prepare(model, make_adamw(model), "bf16-mixed", release=True)
+    handle = poison(model[2].weight, math.inf)
+    before = copy_weights(model)
+    outcome = train(stepper, make_regression_batches(1))[0]
+    assert (outcome.status, outcome.tensors) == ("applied", ("2.weight",))
+    after = copy_weights(model)
+    assert torch.equal(after["2.weight"], before["2.weight"])
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+    handle.remove()
+    x, y = make_regression_batches(1)[0]
+    outcome = train(stepper, [(x * math.nan, y)])[0]
+    assert (outcome.status, outcome.cause) == ("skipped", "the loss is nan: so is the input")
+    assert_same(copy_weights(model), after)
+
+
+def test_release_is_refused_with_what_needs_all_gradients() -> None:
+    model = make_mlp()
+    for options in ({"accumulate": 2}, {"clip": 1.0}):
+        with pytest.raises(ModelError, match="release=True needs"):
+            prepare(model, make_adamw(model), "32-true", release=True, **options)
+    with pytest.raises(ModelError, match="release=True needs"):
+        prepare(model, LBFGS(model.parameters()), "32-true", release=True)
+    with pytest.raises(UnsupportedError, match="release=True updates weights before an overflow is known"):
+        prepare(model, make_adamw(model), "16-mixed", release=True)
+    assert not has_hooks(model)
+
+
+def test_weights_that_do_not_move_are_reported_once_with_the_numbers() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model, lr=1e-7), NO_MASTER)
+    outcomes = train(stepper, make_regression_batches(19))
+    assert not any(outcome.stalls for outcome in outcomes)
+    with pytest.warns(
+        StallWarning, match=r"parameter group 0 stalls at lr=1e-07: .* did not move; .* use master=split"
+    ):
+        (outcome,) = train(stepper, make_regression_batches(1))
+    assert len(outcome.stalls) == 1
+    assert train(stepper, make_regression_batches(1))[0].stalls == ()
+
+
+@pytest.mark.parametrize("mode", [SPLIT, "32-true", FP32_MASTER])
+def test_weights_behind_a_master_that_is_fine_enough_are_not_reported(mode: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model, lr=1e-7), mode)
+    assert not any(outcome.stalls for outcome in train(stepper, make_regression_batches(25)))
+
+
+def test_noise_of_stochastic_masters_goes_on_after_resume_and_a_change_of_plan() -> None:
+    plan = "compute=bf16 storage=bf16 master=stochastic"
+    batches = make_regression_batches(8)
+    models = [make_mlp(), make_mlp(), make_mlp(1)]
+    straight, first, second = (prepare(m, make_adamw(m), plan) for m in models)
+    for stepper in (straight, first):
+        stepper.conversion.masters.seed = 11
+    train(straight, batches)
+    train(first, batches[:4])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    models[2].load_state_dict(copy_weights(models[1]))
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.adopt(Plan.preset("32-true"))
+    second.adopt(Plan.parse(plan))
+    train(second, batches[4:])
+    assert_same(copy_weights(models[2]), copy_weights(models[0]))

@@ -214,6 +214,7 @@ def train(
             model, optimizer, loaded.precision, accumulate=settings.accumulate, clip=settings.clip or None,
             schedulers=build_schedule(optimizer, settings),
         )  # fmt: skip
+        stepper.conversion.masters.seed = settings.seed
         run = Run(task, stepper, settings, folder, name=f"{loaded.name}, {loaded.task}")
         if resume is not None:
             asked = precision is not None or any(word.startswith("precision=") for word in overrides or [])

@@ -40,7 +40,8 @@ KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
 MASTERS = ("fp32", "split", "kahan", "split24", "stochastic", "none")
 CASTS = ("op", "unit")
 LOSS_SCALES = ("none", "dynamic", "layer")
-HEAD = ("name", "loss_scale", "recovery")  # keys of the plan itself
+HEAD = ("name", "loss_scale", "states", "recovery")  # keys of the plan itself
+STATES = ("fp32", "8-bit")
 RECOVERIES = ("skip", "back-off", "roll-back", "widen", "stop")
 
 
@@ -143,11 +144,12 @@ class Plan:
 
     rules: tuple[Rule, ...] = ()
     loss_scale: str = "none"
+    states: str = "fp32"  # of the optimizer, as `mechanisms.optimizer_states` keeps them
     recovery: str = "skip"
     name: str = ""
 
     def __post_init__(self) -> None:
-        for key, allowed in (("loss_scale", LOSS_SCALES), ("recovery", RECOVERIES)):
+        for key, allowed in (("loss_scale", LOSS_SCALES), ("states", STATES), ("recovery", RECOVERIES)):
             if getattr(self, key) not in allowed:
                 raise PlanError(describe_unknown(key, getattr(self, key), allowed))
 
@@ -193,6 +195,7 @@ class Plan:
     def __str__(self) -> str:
         """The text form: a line for the plan, then a line a rule."""
         head = f"name={shlex.quote(self.name)} loss_scale={self.loss_scale}"
+        head += f" states={self.states}" * (self.states != "fp32")
         head += f" recovery={self.recovery}" * (self.recovery != "skip")
         return "\n".join([head, *map(str, self.rules)])
 
@@ -200,8 +203,8 @@ class Plan:
         """Plain values, as they stand in TOML and JSON; settings that are not stated are left out."""
         rules = [{key: value for key, value in asdict(rule).items() if value not in (None, "")} for rule in self.rules]
         rules = [{"path": rule.path} | stated for rule, stated in zip(self.rules, rules, strict=True)]
-        recovery = {"recovery": self.recovery} if self.recovery != "skip" else {}
-        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, **recovery, "rule": rules}
+        rare = {key: getattr(self, key) for key in ("states", "recovery") if getattr(self, key) != getattr(Plan, key)}
+        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, **rare, "rule": rules}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Plan":

@@ -92,6 +92,7 @@ class StepOutcome(Record):
     layer: str = ""  # the first layer whose numbers were not finite: in the forward pass, else in the backward pass
     forward_nonfinite: bool = False  # whether the loss already was not finite
     recovery: str = ""  # what the plan's recovery policy did about it, and why
+    stalls: tuple[str, ...] = ()  # parameter groups whose weights this update did not move, with the numbers
 
     @property
     def applied(self) -> bool:

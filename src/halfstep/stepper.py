@@ -10,10 +10,12 @@ Every call returns a StepOutcome: applied, skipped or accumulated, and why. A sk
 scale and the counters of skips: weights, optimizer states, buffers, schedules and averages are as before it.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +27,20 @@ from torch.utils.hooks import RemovableHandle
 from halfstep.control.controller import Decision, Observation, Recovery, RecoveryRule, decide
 from halfstep.control.sensitivity import choose_plan
 from halfstep.conversion import Conversion, convert, draft_conversion
-from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError, UnsupportedError
+from halfstep.errors import HalfstepError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.machine.hardware import get_profile
+from halfstep.mechanisms.gradients import measure_norm
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
-from halfstep.mechanisms.master_weights import match_states
+from halfstep.mechanisms.master_weights import PARAMETERWISE, match_states
+from halfstep.mechanisms.optimizer_states import NarrowStates
 from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
-from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
+from halfstep.records import HardwareProfile, PlanRecord, Stall, StepOutcome
 from halfstep.snapshot import Snapshot
 from halfstep.window import SIXTEEN_BITS, Finding, Window
+
+FIRST_WATCHES, WATCH_EVERY = (10, 20), 500
+"""Updates in which it is looked whether weights move: after the optimizer's moments have filled, and now and then."""
 
 
 class _NotFiniteError(Exception):
@@ -59,6 +66,7 @@ class Stepper:
         clip: float | None,
         schedulers: tuple[LRScheduler, ...],
         averages: tuple[AveragedModel, ...],
+        release: bool,
         profile: HardwareProfile | None,
     ) -> None:
         self.model, self.optimizers, self.schedulers, self.averages = model, optimizers, schedulers, averages
@@ -71,13 +79,23 @@ class Stepper:
         self._recovery = Recovery()
         self._good: tuple[int, Snapshot] | None = None  # applied steps and state to roll back to
         self._profile = profile
+        self._states: dict[Optimizer, NarrowStates] = {}  # of a plan with states in 8 bits
+        self._stalls: tuple[str, ...] = ()  # to be said in the next outcome
+        self._stalled_before: set[str] = set()
+        self._warned: set[str] = set()
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._window = Window(model, optimizers)
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
         self._incoming: dict[str, Any] = {}  # optimizer state on its way in
         self.conversion = convert(model, PRESETS["32-true"])
+        self.release = release  # gradients, each as soon as it is there
+        self._left_out: set[nn.Parameter] = set()  # whose gradient was not finite when it was released
+        self._squares = 0.0  # of the gradients that were released
         self._hooks = ExitStack()
+        if release:
+            for optimizer in optimizers:
+                self._release(optimizer)
         for optimizer in optimizers:
             self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
             self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
@@ -124,6 +142,8 @@ class Stepper:
             return self._step_by_closure(loss, closure)
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
             raise ModelError("LBFGS evaluates the loss itself; call step(closure=f), where f() returns the loss")
+        if self.release:
+            return self._step_released(loss)
         self._window.go_backward(loss, self.scale / self.accumulate)
         if self._window.micro < self.accumulate:
             self._window.collect()
@@ -150,16 +170,71 @@ class Stepper:
             self._advance()
         return self._settle(finding, before)
 
+    def _release(self, optimizer: Optimizer) -> None:
+        """Have each parameter updated in the backward pass, as soon as its gradient is there."""
+
+        def update(parameter: Tensor) -> None:
+            gradient, held = parameter.grad, cast(nn.Parameter, parameter)
+            if gradient is None:
+                return
+            norm, _ = measure_norm([gradient])
+            if not math.isfinite(norm):
+                self._left_out.add(held)
+                parameter.grad = None
+                return
+            self._squares += norm**2
+            with self._at_reduced_rate():
+                self._step_masters(optimizer, {held: gradient}, 1.0)
+
+        for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+            self._hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
+
+    def _step_released(self, loss: Tensor | None) -> StepOutcome:
+        """A loss that is not finite is seen before anything moves; a gradient that is not leaves out its parameter alone."""
+        self._left_out, self._squares = set(), 0.0
+        finding = self._window.inspect_loss(loss, self.conversion.autocast)
+        if not finding.cause:
+            self._window.go_backward(loss, 1.0)
+            tensors = self._window.name_tensors(self._left_out)
+            finding = Finding(norm=self._squares**0.5, tensors=tensors)
+            if self._squares == 0.0 and tensors:
+                finding = replace(finding, cause="no gradient is finite", nonfinite=True)
+            else:
+                self._advance()
+        return self._settle(finding, 1.0)
+
     def _clip(self, norm: float) -> float:
         """The factor that clips, as torch.nn.utils.clip_grad_norm_ does."""
         return 1.0 if self.clip is None else min(1.0, self.clip / (norm + 1e-6))
 
     def _update(self, gradients: dict[nn.Parameter, Tensor], factor: float) -> None:
+        number = self.applied + 1
+        watch = number in FIRST_WATCHES or number % WATCH_EVERY == 0
+        stalls: list[Stall] = []
         for optimizer in self.optimizers:
             own = [p for group in optimizer.param_groups for p in group["params"]]
             share = {p: gradients.pop(p) for p in own if p in gradients}
             if share:
-                self.conversion.masters.step(optimizer, share, factor)
+                stalls += self._step_masters(optimizer, share, factor, watch=watch)
+        if watch:
+            self._report(stalls)
+
+    def _step_masters(
+        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float, *, watch: bool = False
+    ) -> tuple[Stall, ...]:
+        states = self._states.get(optimizer)
+        around = states.widened if states else None
+        return self.conversion.masters.step(optimizer, gradients, factor, watch=watch, around=around)
+
+    def _report(self, stalls: list[Stall]) -> None:
+        """Warn once of a group that stalls twice running: once is what a warm-up does."""
+        names = {f"{stall.group} {stall.storage} {stall.master}": stall for stall in stalls}
+        self._stalls = tuple(str(stall) for name, stall in names.items() if name in self._stalled_before)
+        self._stalled_before = set(names)
+        for name, stall in names.items():
+            if str(stall) in self._stalls and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(str(stall), StallWarning, stacklevel=5)
 
     def _advance(self) -> None:
         """What moves when the weights did."""
@@ -203,6 +278,8 @@ class Stepper:
         if finding:
             outcome = replace(outcome, cause=finding.cause, tensors=finding.tensors, gradient_norm=finding.norm,
                               layer=finding.layer, forward_nonfinite=finding.forward_nonfinite)  # fmt: skip
+        if status == "applied":
+            outcome, self._stalls = replace(outcome, stalls=self._stalls), ()
         if decision and decision.action:
             outcome = replace(outcome, recovery=f"{decision.action}: {decision.why}")
         self.outcome = outcome
@@ -345,16 +422,23 @@ class Stepper:
             self._window.load_state_dict(window, self.scale / before)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
-        before = self.conversion.plan
+        before, noise = self.conversion.plan, self.conversion.masters.state_dict()
         self.conversion.undo()
         try:
             drafted = draft_conversion(self.model, plan)
             self._require_eps(drafted)
+            if self.release and plan.loss_scale == "dynamic":
+                raise UnsupportedError(
+                    "release=True updates weights before an overflow is known; use another loss_scale"
+                )
             drafted.apply()
         except Exception:
             self.conversion = convert(self.model, before)
+            self.conversion.masters.load_state_dict(noise)
             raise
         self.conversion = drafted
+        self.conversion.masters.load_state_dict(noise)
+        self._narrow_states(plan.states == "8-bit")
         self._match_states()
         self._good = None
         self.recovery_rule = RecoveryRule(policy=plan.recovery)  # type: ignore[arg-type]  # Plan has checked the word
@@ -363,6 +447,11 @@ class Stepper:
         self.plan_record = PlanRecord(
             step=self.applied, plan=str(plan), layers=self.conversion.describe(), why=why, seconds=seconds
         )
+
+    def _narrow_states(self, narrow: bool) -> None:
+        for states in self._states.values():
+            states.undo()
+        self._states = {optimizer: NarrowStates(optimizer) for optimizer in self.optimizers} if narrow else {}
 
     def _match_states(self) -> None:
         """Optimizer states follow the precision that the optimizer sees: fp32 where a truth is kept."""
@@ -389,6 +478,7 @@ class Stepper:
         self._hooks.close()
         self.conversion.undo()
         self.conversion = convert(self.model, PRESETS["32-true"])
+        self._narrow_states(False)
         self._match_states()
         return self.model
 
@@ -402,6 +492,7 @@ class Stepper:
             "plan": str(self.plan) if self._waiting is None else None,
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._recovery),
+            "masters": self.conversion.masters.state_dict(),
             "applied": self.applied,
             "skipped": self.skipped,
             "micro": self._window.micro,
@@ -431,6 +522,7 @@ class Stepper:
             self._stop_waiting()
         self._scale = LossScale(**state["loss_scale"])
         self._recovery = Recovery(**state.get("recovery", {}))
+        self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)
 
@@ -441,14 +533,16 @@ class Stepper:
         """Optimizer.load_state_dict has cast states to the 16 bits of their parameter: take them again, in fp32."""
         for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
-                if parameter in self.conversion.masters:
+                if parameter in self.conversion.masters or self._states:
                     for key, value in self._incoming["state"].get(index, {}).items():
                         if isinstance(value, Tensor) and key != "step":
                             optimizer.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
         self._incoming = {}
+        if optimizer in self._states:
+            self._states[optimizer].narrow(optimizer.state)
 
 
-def prepare(
+def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     model: nn.Module,
     optimizer: Optimizer | Iterable[Optimizer],
     plan: Plan | str = "auto",
@@ -457,6 +551,7 @@ def prepare(
     clip: float | None = None,
     schedulers: LRScheduler | Iterable[LRScheduler] = (),
     averages: AveragedModel | Iterable[AveragedModel] = (),
+    release: bool = False,
     profile: HardwareProfile | None = None,
 ) -> Stepper:
     """Make a model and its optimizer train under a plan.
@@ -471,6 +566,9 @@ def prepare(
         schedulers: stepped once for every applied step.
         averages: torch.optim.swa_utils.AveragedModel of the model (EMA, SWA), made before this call; updated from the full
             precision of the weights after every applied step.
+        release: update each parameter in the backward pass, as soon as its gradient is there, and free the gradient: all
+            gradients never exist together. Without accumulation, clipping or a dynamic loss scale, and only for
+            optimizers that treat parameters one by one. A gradient that is not finite leaves out its own parameter.
         profile: the machine as measured; "auto" reads the cached one, or probes for three seconds.
 
     Examples:
@@ -497,6 +595,11 @@ def prepare(
         raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
     if len(set(held)) < len(held):
         raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
+    if release and (accumulate > 1 or clip is not None or any(type(o) not in PARAMETERWISE for o in optimizers)):
+        raise ModelError(
+            "release=True needs accumulate=1, no clip, and optimizers that treat parameters one by one "
+            f"({', '.join(sorted(kind.__name__ for kind in PARAMETERWISE))})"
+        )
     chosen = [schedulers] if isinstance(schedulers, LRScheduler) else list(schedulers)
     if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in chosen):
         raise ModelError("ReduceLROnPlateau needs a metric; leave it out and step it yourself after each evaluation")
@@ -506,7 +609,14 @@ def prepare(
             "an AveragedModel has 16-bit weights: it was made from a converted model; make it before prepare()"
         )
     stepper = Stepper(
-        model, optimizers, accumulate=accumulate, clip=clip, schedulers=tuple(chosen), averages=means, profile=profile
+        model,
+        optimizers,
+        accumulate=accumulate,
+        clip=clip,
+        schedulers=tuple(chosen),
+        averages=means,
+        release=release,
+        profile=profile,
     )
     try:
         if plan == "auto":

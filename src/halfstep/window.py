@@ -102,7 +102,7 @@ class Window:
         if math.isfinite(norm) and bad_loss is None:
             cause = "" if gradients else "no parameter that the optimizer holds received a gradient"
             return Finding(norm=norm / lift, cause=cause)
-        tensors = self._name_tensors(set(find_nonfinite(gradients)))
+        tensors = self.name_tensors(set(find_nonfinite(gradients)))
         if bad_loss is not None:
             layer = self._find_guilty(bad_loss, autocast)
             first = {"(input)": ": so is the input", "": ""}.get(layer, f", first in the output of '{layer}'")
@@ -115,7 +115,16 @@ class Window:
         return Finding(norm=norm / lift, cause=cause, tensors=tensors, layer=layer,
                        forward_nonfinite=bad_loss is not None, nonfinite=True)  # fmt: skip
 
-    def _name_tensors(self, bad: set[nn.Parameter]) -> tuple[str, ...]:
+    def inspect_loss(self, loss: Tensor | None, autocast: Callable[[], AbstractContextManager[Any]]) -> Finding:
+        """What can be said before the backward pass."""
+        _, losses = measure_norm((), [_require_loss(loss)])
+        if math.isfinite(losses[0]):
+            return Finding()
+        self._losses = [_require_loss(loss)]
+        return self.inspect({}, 1.0, autocast)
+
+    def name_tensors(self, bad: set[nn.Parameter]) -> tuple[str, ...]:
+        """Names of parameters, in the model's order."""
         known = tuple(name for p, name in self.names.items() if p in bad)
         return ("(a parameter outside the model)",) * (len(bad) > len(known)) + known
 

@@ -32,7 +32,7 @@ Zamirai et al. 2020 (arXiv 2010.06192), stochastic rounding and Kahan summation 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -352,12 +352,19 @@ class MasterWeights:
         parameter.data = truth.read() if truth else parameter.data.to(torch.float32)
 
     def step(
-        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float = 1.0, *, watch: bool = False
+        self,
+        optimizer: Optimizer,
+        gradients: dict[nn.Parameter, Tensor],
+        factor: float = 1.0,
+        *,
+        watch: bool = False,
+        around: Callable[[list[nn.Parameter]], AbstractContextManager[None]] | None = None,
     ) -> tuple[Stall, ...]:
         """One optimizer step with `gradients` times `factor`, chunk by chunk; leaves no gradient behind.
 
         The gradients are used up. Where `watch` is true, the parameter groups that stall are returned, as
         `numerics.movement` defines it; the update is the same to the bit, and costs more.
+        around: a block that every chunk of parameters is stepped in, which may prepare their optimizer states.
 
         Raises UnsupportedError for a sparse gradient that the optimizer is known to refuse; nothing has moved then.
         """
@@ -366,9 +373,9 @@ class MasterWeights:
         watcher = Watch(optimizer, gradients) if watch else None
         for parameter in gradients:
             parameter.grad = None
-        for chunk in self._chunks(optimizer, gradients):
+        for chunk in self._chunks(optimizer, gradients, wide_too=around is not None):
             opened: dict[nn.Parameter, _Truth | None] = {}
-            with ExitStack() as narrowing:
+            with around(chunk) if around else nullcontext(), ExitStack() as narrowing:
                 for parameter in chunk:
                     opening = self._open(optimizer, parameter, gradients.pop(parameter), factor)
                     opened[parameter] = narrowing.enter_context(opening)
@@ -434,10 +441,12 @@ class MasterWeights:
                 parameter.grad = None
                 parameter.data = truth.read()
 
-    def _chunks(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> Iterator[list[nn.Parameter]]:
-        """Parameters that are already wide in the first chunk, the others in chunks of about CHUNK numbers."""
-        narrow = [p for p in gradients if p in self._truths]
-        wide = [p for p in gradients if p not in self._truths]
+    def _chunks(
+        self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], *, wide_too: bool
+    ) -> Iterator[list[nn.Parameter]]:
+        """Chunks of about CHUNK numbers; those that are wide already all in the first, unless `wide_too`."""
+        narrow = [p for p in gradients if wide_too or p in self._truths]
+        wide = [p for p in gradients if not wide_too and p not in self._truths]
         if not narrow or type(optimizer) not in PARAMETERWISE:
             yield wide + narrow
             return
