@@ -47,3 +47,17 @@ def test_the_probe_judges_every_format_on_a_gpu() -> None:
     profile = probe_hardware("cuda")
     assert "Tensor Cores" in profile.unit
     assert all(capability.why for capability in profile.capabilities)
+
+
+def test_scaler_serves_weights_on_several_devices() -> None:
+    weights = [nn.Parameter(torch.ones(3, device=device)) for device in ("cuda", "cpu")]
+    optimizer = torch.optim.SGD(weights, lr=0.25)
+    scaler = halfstep.GradScaler("cuda", 8.0)
+    for factor, left in ((1.0, 0.75), (torch.inf, 0.75), (1.0, 0.5)):
+        optimizer.zero_grad()
+        scaler.scale(weights[0].sum() + factor * weights[1].sum().cuda()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert [weight.tolist() for weight in weights] == [[left] * 3] * 2
+        assert scaler.get_outcome().tensors == (("param_groups[0]['params'][1]",) if factor == torch.inf else ())
+    assert scaler.get_scale() == 4.0

@@ -792,6 +792,41 @@ def test_error_within_a_closure_leaves_weights_as_they_were() -> None:
     assert_same(copy_weights(run.model), weights)
 
 
+def test_closure_by_keyword_behind_another_argument() -> None:
+    class Loud(SGD):
+        def step(self, note: str, closure: Any = None) -> Any:  # type: ignore[override]
+            return note, super().step(closure)
+
+    model, twin = make_mlp(), make_mlp()
+    train(twin, SGD(twin.parameters(), lr=0.1), None, ".")
+    scaler, optimizer = make_scaler(), Loud(model.parameters(), lr=0.1)
+
+    def closure() -> float:
+        scaler.scale(loss_of(model, make_regression_batches(1)[0])).backward()
+        return 1.0
+
+    returned: Any = scaler.step(optimizer, "note", closure=closure)
+    assert returned == ("note", 1.0)
+    assert_same(copy_weights(model), copy_weights(twin))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_closure_with_an_embedding_adds_to_gradients_that_are_there(sparse: bool) -> None:
+    class Twice(SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            super().step(closure)
+
+    with seeded(0):
+        embedding, twin = nn.Embedding(6, 3, sparse=sparse), nn.Embedding(6, 3, sparse=sparse)
+    twin.load_state_dict(embedding.state_dict())
+    scaler = make_scaler()
+    words = torch.tensor([1, 1, 4])
+    scaler.step(Twice(embedding.parameters(), lr=1.0), lambda: scaler.scale(embedding(words).square().sum()).backward())
+    Twice(twin.parameters(), lr=1.0).step(lambda: twin(words).square().sum().backward())
+    assert_same(copy_weights(embedding), copy_weights(twin))
+
+
 @pytest.mark.parametrize("given", [{"args": (None,)}, {"closure": None}])
 def test_closure_that_is_none_is_no_closure(given: dict[str, Any]) -> None:
     model, twin = make_mlp(), make_mlp()

@@ -42,7 +42,7 @@ class GradScaler(torch.amp.GradScaler):
     `update()`. It is one for isinstance, takes torch's arguments in torch's order, and reads and writes its state_dict.
 
     Args:
-        device: where the scale lives by default, "cuda" or "cpu".
+        device: the kind of device that trains, "cuda" or "cpu"; the scale lives where the first loss does.
         init_scale: the factor at the start.
         growth_factor: above 1.
         backoff_factor: below 1.
@@ -194,9 +194,8 @@ class GradScaler(torch.amp.GradScaler):
             value: float | None = optimizer.step(*args, **kwargs)
             self._memory.note(optimizer, 1.0)
             return value
-        closure = args[0] if args else kwargs.get("closure")
-        if callable(closure):
-            return self._step_with_closure(optimizer, closure, args, kwargs)
+        if callable(kwargs.get("closure")) or (args and callable(args[0])):
+            return self._step_with_closure(optimizer, args, kwargs)
         kwargs.pop("closure", None)  # torch refuses also a closure that is None
         scale, _ = self._check_scale_growth_tracker("step")
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -235,23 +234,23 @@ class GradScaler(torch.amp.GradScaler):
             self._memory.note(optimizer, scale, found, witness=witness)
         return result
 
-    def _step_with_closure(
-        self, optimizer: Optimizer, closure: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> float | None:
+    def _step_with_closure(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """A step that evaluates the loss itself: taken whole, or undone whole."""
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
         if state["stage"] is OptState.READY and self._memory.has_new_gradients(optimizer):
             self.unscale_(optimizer)
-        evaluate = functools.partial(self._evaluate, optimizer, closure)
+        if callable(kwargs.get("closure")):
+            kwargs["closure"] = functools.partial(self._evaluate, optimizer, kwargs["closure"])
+        else:
+            args = (functools.partial(self._evaluate, optimizer, args[0]), *args[1:])
         result: float | None = None
         tensors: tuple[str, ...] | None = None
-        given = ((evaluate, *args[1:]), kwargs) if args else ((), {**kwargs, "closure": evaluate})
         before = _Snapshot(optimizer)
         try:
             self._require_finite(optimizer)
-            result = optimizer.step(*given[0], **given[1])
+            result = optimizer.step(*args, **kwargs)
         except _NonFiniteError as error:
             before.restore()
             tensors = error.tensors
@@ -269,9 +268,8 @@ class GradScaler(torch.amp.GradScaler):
         if self._scale is not None:  # what the closure may add to gets the size of what it adds
             with torch.no_grad():
                 for _, p in self._memory.find_gradients(optimizer):
-                    p.grad = torch.mul(p.grad, self._scale.to(p.device)).to(
-                        p.dtype
-                    )  # new: the optimizer may hold the old
+                    scaled_again = torch.mul(p.grad, self._scale.to(p.device))  # new: the optimizer may hold the old
+                    p.grad = scaled_again.to(p.dtype)
         self._per_optimizer_states[id(optimizer)]["stage"] = OptState.READY
         scaled: list[Tensor] = []
         self._memory.scaled = scaled
@@ -310,6 +308,7 @@ class GradScaler(torch.amp.GradScaler):
                 f"the loss scale stays between floor {self._floor:g} and ceiling {self._ceiling:g}; got {new_scale:g}; "
                 "make the scaler with other bounds"
             )
+        adjusts = new_scale is None and found is not None
         if new_scale is not None:
             super().update(new_scale)
             scale.clamp_(self._floor, self._ceiling)
@@ -319,7 +318,8 @@ class GradScaler(torch.amp.GradScaler):
             super().update()  # nothing was stepped: raises
         self._per_optimizer_states.clear()
         self._memory.close(before, scale)
-        self._look_at_skips(scale)
+        if adjusts:
+            self._look_at_skips(scale)
 
     def _adjust(self, scale: Tensor, clean: Tensor, found_nonfinite: Tensor) -> None:
         """In place, since a captured graph reads the scale where it is."""
@@ -335,7 +335,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _look_at_skips(self, scale: Tensor) -> None:
         limit = self._skip_limit
-        if limit is None or self._updates == 0 or self._updates % limit != 0:
+        if limit is None or self._updates % limit != 0:
             return
         if (skips := int(self._skips.item())) >= limit:
             raise TrainingError(
