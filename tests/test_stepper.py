@@ -1547,3 +1547,12 @@ def test_noise_of_stochastic_masters_goes_on_after_resume_and_a_change_of_plan()
     second.adopt(Plan.parse(plan))
     train(second, batches[4:])
     assert_same(copy_weights(models[2]), copy_weights(models[0]))
+
+
+def test_stepper_shows_its_plan_and_counters() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "16-mixed")
+    train(stepper, make_regression_batches(2))
+    assert repr(stepper) == "Stepper(16-mixed; 2 applied, 0 skipped; loss scale 65536)"
+    waiting = prepare(model, make_adamw(model), "auto", profile=make_profile())
+    assert repr(waiting) == "Stepper(auto, not chosen yet; 0 applied, 0 skipped; loss scale 1)"

@@ -164,8 +164,12 @@ class Plan:
         Raises PlanError, naming the nearest preset, when there is none.
         """
         name = ALIASES.get(name, name)
+        if name == "auto":
+            raise PlanError(
+                "'auto' is not a plan but a choice of one: give it to prepare(), which chooses at the first batch"
+            )
         if name not in PRESETS:
-            raise PlanError(describe_unknown("precision", name, [*PRESETS, *ALIASES]))
+            raise PlanError(describe_unknown("precision", name, ["auto", *PRESETS, *ALIASES]))
         return PRESETS[name]
 
     @staticmethod

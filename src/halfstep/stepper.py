@@ -101,6 +101,10 @@ class Stepper:
             self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
         self._hooks.callback(model.register_forward_pre_hook(self._window.note_batch, with_kwargs=True).remove)
 
+    def __repr__(self) -> str:
+        plan = "auto, not chosen yet" if self._waiting else self.plan.name or "a plan of its own"
+        return f"Stepper({plan}; {self.applied} applied, {self.skipped} skipped; loss scale {self.scale:g})"
+
     @property
     def optimizer(self) -> Optimizer:
         """The first of the optimizers, which is mostly the only one."""
