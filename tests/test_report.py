@@ -1,5 +1,6 @@
 """Reports: charts, terminal tables, the sentence to quote, progress, TensorBoard."""
 
+import dataclasses
 import io
 import itertools
 import math
@@ -340,6 +341,17 @@ class TestProgress:
         assert "step 3: bits per byte 2.5000 bit" in said
         assert "step 2 skipped: the loss is nan" in said
         assert "chosen by hand" in said
+
+    def test_recovery_and_stalls_are_told(self) -> None:
+        console = Console(width=200, record=True, file=io.StringIO())
+        news = make_step(1)
+        news = dataclasses.replace(
+            news, outcome=dataclasses.replace(news.outcome, recovery="roll-back: why", stalls=("group 0 stalls",))
+        )
+        follow_run(iter((news, RUN[-1])), 3, BITS, console, None)
+        said = console.export_text()
+        assert "step 1: roll-back: why" in said
+        assert "step 1: group 0 stalls" in said
 
     def test_the_bar_tells_loss_scale_and_skips(self) -> None:
         console = Console(width=200, file=io.StringIO(), force_terminal=True)

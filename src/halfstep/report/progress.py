@@ -1,6 +1,7 @@
 """Progress while something runs: a bar on a terminal, a line an evaluation where there is none."""
 
 import statistics
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from halfstep.errors import StallWarning
 from halfstep.records import EndRecord, EvaluationRecord, PlanRecord, Record, StepRecord
 from halfstep.report.tensorboard import TensorBoard
 from halfstep.report.terminal import show_plan
@@ -35,6 +37,7 @@ def follow_run(
     with ExitStack() as stack:
         board = stack.enter_context(TensorBoard(tensorboard)) if tensorboard else None
         bar = stack.enter_context(_make_bar(console))
+        stack.enter_context(warnings.catch_warnings(action="ignore", category=StallWarning))  # outcomes say the same
         line = bar.add_task("training", total=steps, note="")
         for record in run:
             if board is not None:
@@ -52,6 +55,9 @@ def follow_run(
                     bar.update(line, completed=record.step, note=note)
                     if record.outcome.skipped:
                         bar.console.print(f"step {record.step} skipped: {record.outcome.cause}")
+                    for news in (record.outcome.recovery, *record.outcome.stalls):
+                        if news:
+                            bar.console.print(f"step {record.step}: {news}")
                 case EvaluationRecord():
                     bar.console.print(
                         f"step {record.step}: {metric.name} {record.value:.4f} {metric.unit} after {record.train_seconds:.1f} s"
