@@ -8,9 +8,15 @@ Every result is the JSON that the command itself writes; the command, date and m
 """
 
 import argparse
+import json
+import shlex
+import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from halfstep import records
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,9 +29,10 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
     }
     if cifar10:
         commands["tutorial-cnn"] = ["compare", "tutorial-cnn", "--seeds", "2", "--data", cifar10]
+        commands["resnet-cifar10"] = ["train", "resnet-cifar10", "--data", cifar10]
         commands["resnet-cifar10-short"] = [
-            "compare", "resnet-cifar10", "--arms", "fp32,torch-amp-tuned,halfstep", "--seeds", "1", "--steps", "12",
-            "--set", "warmup=2", "--set", "evaluations=1", "--data", cifar10,
+            "compare", "resnet-cifar10", "--arms", "fp32,halfstep", "--seeds", "3", "--steps", "194",
+            "--set", "warmup=39", "--set", "evaluations=2", "--data", cifar10,
         ]  # fmt: skip
     return commands
 
@@ -41,9 +48,39 @@ def main() -> None:
         parser.error(f"--only takes one of {', '.join(commands)}; got {options.only}")
     for name, arguments in commands.items():
         if options.only in (None, name):
-            page = ["--page", f"{name}.html"] if arguments[0] == "compare" else []
-            words = [sys.executable, "-m", "halfstep", *arguments, "--json", f"benchmarks/results/{name}.json", *page]
-            subprocess.run(words, check=True, cwd=ROOT)
+            run = measure_training if arguments[0] == "train" else measure
+            run(name, [sys.executable, "-m", "halfstep", *arguments], ROOT / "benchmarks" / "results" / f"{name}.json")
+
+
+def measure(name: str, command: list[str], result: Path) -> None:
+    """A command that writes its result itself."""
+    page = ["--page", f"{name}.html"] if "compare" in command else []
+    subprocess.run([*command, "--json", str(result.relative_to(ROOT)), *page], check=True, cwd=ROOT)
+
+
+def measure_training(_name: str, command: list[str], result: Path) -> None:
+    """A training run, whose evaluations are taken from its record."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, "--out", f"{folder}/run"], check=True, cwd=ROOT)
+        write_evaluations(Path(folder) / "run" / "record.jsonl", ["halfstep", *command[3:]], result)
+
+
+def write_evaluations(record: Path, command: list[str], result: Path) -> None:
+    """The evaluations of a run, with its head, as JSON."""
+    lines = list(records.read(record))
+    (head,) = (r for r in lines if isinstance(r, records.RunRecord))
+    end = next(r for r in reversed(lines) if isinstance(r, records.EndRecord))
+    steps = sorted(r.milliseconds for r in lines if isinstance(r, records.StepRecord))
+    values = {
+        "command": shlex.join(command), "date": head.date, "machine": head.machine, "torch": head.torch_version,
+        "threads": head.threads, "seed": head.seed, "precision": head.precision, "steps": end.step,
+        "fastest_step_ms": round(steps[0], 1), "median_step_ms": round(statistics.median(steps), 1),
+        "skipped_steps": end.skipped_steps, "peak_memory_bytes": end.peak_memory_bytes,
+        "evaluations": [
+            {"step": r.step, "metric": r.metric, "value": r.value} for r in lines if isinstance(r, records.EvaluationRecord)
+        ],
+    }  # fmt: skip
+    result.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

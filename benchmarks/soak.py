@@ -70,7 +70,9 @@ class Digits(ImageClassification):
 
 
 def build(plan: str, seed: int) -> tuple[Digits, Stepper]:
-    settings = TrainSettings(steps=STEPS, batch_size=32, lr=1e-3, schedule="cosine", warmup=200, seed=seed, weight_decay=0.01)
+    settings = TrainSettings(
+        steps=STEPS, batch_size=32, lr=1e-3, schedule="cosine", warmup=200, seed=seed, weight_decay=0.01
+    )
     task = Digits(Options(), settings)
     model = task.build_model()
     optimizer = build_optimizer(model, settings, fused=False)
@@ -181,7 +183,12 @@ def run(seeds: int, kills: int) -> None:
         verdict = judge_equivalence(differences, MARGIN, higher_is_better=True)
         results[plan] = {
             "arms": arms,
-            "faulty_to_clean": {"verdict": verdict.word, "mean": verdict.difference, "interval": verdict.interval, "margin": MARGIN},
+            "faulty_to_clean": {
+                "verdict": verdict.word,
+                "mean": verdict.difference,
+                "interval": verdict.interval,
+                "margin": MARGIN,
+            },
             "faulty_is_without": arms["faulty"][0]["fingerprint"] == arms["without"][0]["fingerprint"],
             "killed_is_faulty": arms["killed"][0]["fingerprint"] == arms["faulty"][0]["fingerprint"],
         }
