@@ -262,3 +262,14 @@ def test_layer_scale_is_refused_where_it_cannot_be_kept() -> None:
         convert(nn.Sequential(nn.Linear(2, 2)), Plan.parse("loss_scale=layer\ncompute=fp16"))
     with pytest.raises(UnsupportedError, match="module '0': loss_scale=layer"):
         convert(nn.Sequential(nn.LSTM(2, 2)), Plan.parse("loss_scale=layer\nkind=recurrent compute=fp16 cast=unit"))
+
+
+def test_layer_scale_takes_what_the_layer_takes() -> None:
+    transposed, plain = nn.ConvTranspose2d(2, 2, 3, stride=2), nn.Linear(3, 2)
+    with convert(transposed, Plan.parse(LAYERWISE)), convert(plain, Plan.parse(LAYERWISE)):
+        assert transposed(torch.ones(1, 2, 4, 4), output_size=[10, 10]).shape == (1, 2, 10, 10)
+        assert plain(input=torch.ones(4, 3)).shape == (4, 2)
+        plain(torch.ones(0, 3)).sum().backward()
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(UnsupportedError, match="loss_scale=layer"):
+        convert(normed, Plan.parse(LAYERWISE))

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from halfstep import stepper as stepper_module
+from halfstep.checkpoint import change_plan, pack, unpack
 from halfstep.control.sensitivity import Choice
 from halfstep.errors import FormatError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
@@ -1479,7 +1480,8 @@ def test_release_never_holds_two_gradients() -> None:
             lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
         )
     train(stepper, make_regression_batches(2))
-    assert alive == [0] * 12
+    assert len(alive) == 12
+    assert max(alive) <= 1
 
 
 def test_release_leaves_out_a_gradient_that_is_not_finite_and_skips_a_loss_that_is_not() -> None:
@@ -1556,3 +1558,314 @@ def test_stepper_shows_its_plan_and_counters() -> None:
     assert repr(stepper) == "Stepper(16-mixed; 2 applied, 0 skipped; loss scale 65536)"
     waiting = prepare(model, make_adamw(model), "auto", profile=make_profile())
     assert repr(waiting) == "Stepper(auto, not chosen yet; 0 applied, 0 skipped; loss scale 1)"
+
+
+# --- what comes together
+
+
+def make_channels_last() -> nn.Sequential:
+    return make_cnn().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", SPLIT, FP32_MASTER, "states=8-bit\ncompute=bf16"])
+@pytest.mark.parametrize(
+    "make", [lambda p: AdamW(p, lr=1e-2, fused=True), lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True)]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loaded_states_have_the_strides_of_their_parameters(
+    mode: str, make: Callable[[Any], Optimizer], accumulate: int
+) -> None:
+    """Fused kernels walk through memory; a checkpoint holds contiguous tensors."""
+    images = make_images(7)
+    models = [make_channels_last(), make_channels_last(), make_channels_last()]
+    straight, first, second = (prepare(m, make(m.parameters()), mode, accumulate=accumulate) for m in models)
+    train(straight, images)
+    train(first, images[:3])
+    tensors: dict[str, Tensor] = {}
+    states = (first.state_dict(), dict(models[1].state_dict()), first.optimizer.state_dict())
+    saved = unpack(pack(states, tensors), tensors)
+    second.load_state_dict(saved[0])
+    models[2].load_state_dict(saved[1])
+    second.optimizer.load_state_dict(saved[2])
+    train(second, images[3:])
+    assert_same(copy_weights(models[2]), copy_weights(models[0]))
+
+
+def test_states_in_8_bits_keep_the_strides_of_their_parameters() -> None:
+    losses = []
+    for states in ("fp32", "8-bit"):
+        with seeded(0):
+            model = nn.Sequential(
+                nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 3)
+            )
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        stepper = prepare(model, AdamW(model.parameters(), lr=1e-3, fused=True), Plan(states=states))
+        train(stepper, make_images(1) * 30)
+        losses.append([F.mse_loss(model(x), y).item() for x, y in make_images(1)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.2, abs=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["32-true", SPLIT])
+def test_error_inside_the_optimizer_or_a_schedule_ends_the_window(mode: str) -> None:
+    model = make_mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    stepper = prepare(model, optimizer, mode)
+    batch = make_regression_batches(1)
+    handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        train(stepper, batch)
+    handle.remove()
+    other = make_mlp()
+    expected = train(prepare(other, SGD(other.parameters(), lr=0.1), mode), batch)[0]
+    assert train(stepper, batch)[0].gradient_norm == expected.gradient_norm
+    assert_same(copy_weights(model), copy_weights(other))
+
+
+@pytest.mark.parametrize("plan", ["16-mixed", "bf16-true", SPLIT])
+def test_auto_chooses_before_a_closure_is_evaluated(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
+    take_plan(monkeypatch, plan)
+    model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+    stepper = prepare(model, LBFGS(model.parameters(), lr=0.1), "auto", profile=make_profile())
+    outcome = stepper.step(closure=lambda: F.mse_loss(stepper.model(x).float(), y))
+    assert outcome.applied
+    assert outcome.gradient_norm is not None
+    assert outcome.gradient_norm < 10
+    states = [v for v in stepper.optimizer.state[next(model.parameters())].values() if isinstance(v, Tensor)]
+    assert all(v.dtype is (torch.bfloat16 if plan == "bf16-true" else torch.float32) for v in states)
+
+
+def test_release_acts_in_its_own_backward_pass_only() -> None:
+    model = make_mlp()
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", release=True)
+    before = copy_weights(model)
+    model(torch.ones(2, 8)).sum().backward()
+    assert_same(copy_weights(model), before)
+    model.zero_grad()
+    late = nn.Parameter(torch.ones(1))
+    stepper.optimizer.add_param_group({"params": [late]})
+    assert stepper.step((late * model(torch.ones(2, 8)).detach().sum().sign()).sum()).applied
+    assert abs(late.item() - 1.0) == pytest.approx(0.1)
+
+
+def test_release_without_a_gradient_is_skipped_and_with_zeros_applied() -> None:
+    model, other = make_mlp(), nn.Parameter(torch.ones(1))
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1, weight_decay=0.1), "32-true", release=True)
+    outcome = stepper.step((other * 2).sum())
+    assert (outcome.status, stepper.applied) == ("skipped", 0)
+    outcome = stepper.step((model(torch.ones(2, 8)) * 0).sum())
+    assert (outcome.status, outcome.gradient_norm) == ("applied", 0.0)
+
+
+def test_release_applies_a_finite_gradient_whose_square_overflows() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=1e-30), "32-true", release=True)
+    poison(model[4].bias, 1e25)
+    outcome = train(stepper, make_regression_batches(1))[0]
+    assert (outcome.status, outcome.tensors) == ("applied", ())
+    assert outcome.gradient_norm == pytest.approx(1e25 * 3**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_roll_back_with_release_and_with_closures_has_a_state_to_go_back_to(closure: bool) -> None:
+    model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+    plan = replace(Plan.preset("32-true"), recovery="roll-back")
+    optimizer = LBFGS(model.parameters(), max_iter=2) if closure else SGD(model.parameters(), lr=0.1)
+    stepper = prepare(model, optimizer, plan, release=not closure)
+    before = copy_weights(model)
+
+    def step(x: Tensor) -> StepOutcome:
+        if closure:
+            return stepper.step(closure=lambda: F.mse_loss(model(x), y))
+        return train(stepper, [(x, y)])[0]
+
+    assert step(x).applied
+    outcomes = [step(x * math.nan) for _ in range(3)]
+    assert outcomes[-1].recovery.startswith("roll-back")
+    assert_same(copy_weights(model), before)
+
+
+@pytest.mark.parametrize("load", ["stepper", "model"])
+def test_roll_back_does_not_go_back_past_what_was_loaded(load: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), replace(Plan.preset("32-true"), recovery="roll-back"))
+    x, y = make_regression_batches(1)[0]
+    train(stepper, [(x, y)])
+    if load == "stepper":
+        stepper.load_state_dict(stepper.state_dict())
+    else:
+        model.load_state_dict(model.state_dict())
+    with pytest.raises(TrainingError, match="there is no good state to go back to"):
+        train(stepper, [(x * math.nan, y)] * 3)
+
+
+class Running(nn.Module):
+    """Replaces its buffer at each forward pass."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return x - self.mean
+
+
+def test_buffers_that_are_replaced_are_put_back() -> None:
+    with seeded(0):
+        model = nn.Sequential(Running(), nn.Linear(8, 3))
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    (x, y), second = make_regression_batches(2)
+    train(stepper, [(x, y)])
+    before = copy_weights(model)
+    assert train(stepper, [(x * math.nan, y)])[0].skipped
+    assert_same(copy_weights(model), before)
+    assert train(stepper, [second])[0].applied
+
+
+def test_forward_passes_before_loading_do_not_undo_it() -> None:
+    model = make_cnn()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    model(torch.randn(4, 3, 8, 8))
+    state = copy_weights(model) | {"1.running_mean": torch.full((8,), 7.0)}
+    model.load_state_dict(state)
+    assert train(stepper, make_images(1, bad={0}))[0].skipped
+    assert_same(copy_weights(model), state)
+
+
+def test_plan_may_change_in_an_open_window_of_a_model_in_evaluation_mode() -> None:
+    model = make_cnn().eval()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
+    images = make_images(2)
+    train(stepper, images[:1])
+    stepper.adopt(Plan.preset("bf16-mixed"))
+    assert train(stepper, images[1:])[0].applied
+
+
+def test_states_in_8_bits_with_closures_changes_of_plan_and_narrow_weights() -> None:
+    model = make_wide()
+    eight = replace(Plan.preset("32-true"), states="8-bit")
+    stepper = prepare(model, SAM(model.parameters(), SGD, lr=0.1), eight)
+    x, y = make_regression_batches(1)[0]
+    for _ in range(3):
+        loss = F.mse_loss(model(x), y)
+        assert stepper.step(loss, closure=lambda: F.mse_loss(model(x), y)).applied
+    model = make_wide()
+    stepper = prepare(model, make_adamw(model), eight)
+    train(stepper, make_regression_batches(2))
+    for plan in (
+        replace(read_plan(NO_MASTER), states="8-bit"),
+        replace(read_plan(SPLIT), states="8-bit"),
+        read_plan("32-true"),
+    ):
+        rounding = change_plan(stepper, plan)
+        assert rounding.states > 0
+        assert train(stepper, make_regression_batches(1))[0].applied
+
+
+class Stubborn(Optimizer):
+    """Keeps its rate to itself."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(0.1 * p.grad)
+
+
+def test_optimizer_without_a_learning_rate_trains_and_backs_off_without_effect() -> None:
+    model = make_mlp()
+    stepper = prepare(model, Stubborn(model.parameters()), replace(Plan.preset("32-true"), recovery="back-off"))
+    x, y = make_regression_batches(1)[0]
+    train(stepper, [(x, y)] + [(x * math.nan, y)] * 3)
+    assert train(stepper, [(x, y)])[0].applied
+
+
+def test_widen_leaves_bad_data_to_the_limit() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), replace(Plan.preset("bf16-mixed"), recovery="widen"))
+    x, y = make_regression_batches(1)[0]
+    assert train(stepper, [(x * math.nan, y)] * 6 + [(x, y)])[-1].applied
+
+
+def test_numbers_of_a_recovery_stay_when_the_plan_changes() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    stepper.recovery_rule = replace(stepper.recovery_rule, patience=1, limit=7)
+    stepper.adopt(replace(Plan.preset("bf16-mixed"), recovery="stop"))
+    assert (stepper.recovery_rule.patience, stepper.recovery_rule.limit, stepper.recovery_rule.policy) == (1, 7, "stop")
+
+
+def test_mask_of_negative_infinity_is_no_bad_input() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return torch.softmax(self.inner(x) + mask, -1)
+
+    model = Masked()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
+    with torch.no_grad():
+        model.inner.weight.fill_(math.nan)
+    outcome = stepper.step(model(torch.ones(2, 4), torch.tensor([0.0, 0.0, -math.inf, 0.0])).sum())
+    assert outcome.layer == "inner"
+
+
+def test_copy_and_saved_model_take_no_window_along(tmp_path: Path) -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "32-true")
+    model(torch.ones(2, 8).requires_grad_() * 2)
+    twin = copy.deepcopy(model)
+    twin(torch.ones(2, 8))
+    torch.save(model, tmp_path / "model.pt")
+    assert train(stepper, make_regression_batches(1))[0].applied
+    assert torch.load(tmp_path / "model.pt", weights_only=False)(torch.ones(1, 8)).shape == (1, 3)
+
+
+def test_restore_in_an_open_window_leaves_no_scaled_gradients() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "16-mixed", accumulate=4)
+    train(stepper, make_regression_batches(1))
+    stepper.restore()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_noted_inputs_hold_no_graph() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "32-true")
+    model(torch.ones(2, 8, requires_grad=True) * 2)
+    ((args, _),) = stepper._window._inputs.values()
+    assert not args[0].requires_grad
+
+
+def test_saved_window_does_not_change_with_the_next_micro_batch() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", accumulate=3)
+    batches = make_regression_batches(2)
+    train(stepper, batches[:1])
+    state = stepper.state_dict()
+    before = copy.deepcopy(state)
+    train(stepper, batches[1:])
+    torch.testing.assert_close(state["window"]["gradients"], before["window"]["gradients"], rtol=0, atol=0)
+
+
+def test_steps_inside_one_autocast_block_see_new_weights() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.5), "bf16-mixed")
+    x, y = make_regression_batches(1)[0]
+    losses = []
+    with stepper.autocast():
+        for _ in range(3):
+            loss = F.mse_loss(model(x).float(), y)
+            losses.append(loss.item())
+            stepper.step(loss)
+    assert losses[0] > losses[1] > losses[2]

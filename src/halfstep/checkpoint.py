@@ -245,7 +245,8 @@ def _copy_numbers(stepper: Stepper) -> tuple[Iterator[torch.Tensor], Iterator[to
     held, names = stepper.model.state_dict(), [name for name, _ in stepper.model.named_parameters()]
     states = [
         value
-        for state in stepper.optimizer.state.values()
+        for optimizer in stepper.optimizers
+        for state in optimizer.state_dict()["state"].values()  # in fp32, where it is kept in 8 bits
         for key, value in sorted(state.items())
         if isinstance(value, torch.Tensor) and key != "step"
     ]

@@ -240,6 +240,7 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
 
 def _require_scalable(path: str, module: nn.Module, settings: Settings) -> None:
     scalable = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and settings.cast == "unit"
+    scalable = scalable and module._parameters.get("weight") is not None  # and not made by a parametrization
     if settings.compute == "fp16" and not (scalable and settings.storage == "fp32"):
         raise UnsupportedError(
             f"module '{path}': loss_scale=layer scales the products of linear and convolution layers with cast=unit and "

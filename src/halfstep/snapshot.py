@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep.mechanisms.master_weights import MasterWeights
 
+Buffers = dict[tuple[nn.Module, str], Tensor]  # (module that owns it, its name there) -> value
+
 
 class Snapshot:
     """The state at the moment it was made.
@@ -50,7 +52,8 @@ class Snapshot:
             self._masters.write(parameter, value)
         put_back_buffers(self.buffers)
         for optimizer, states, groups in zip(self._optimizers, self._states, self._groups, strict=True):
-            optimizer.state.clear()
+            for parameter in [p for p in optimizer.state if p in self._weights]:
+                del optimizer.state[parameter]
             optimizer.state.update({p: copy.deepcopy(state) for p, state in states.items()})
             for group, settings in zip(
                 optimizer.param_groups, groups, strict=False
@@ -64,13 +67,18 @@ def _copy_settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
-def copy_buffers(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Every buffer of the model with a copy of its value."""
-    return {buffer: buffer.clone() for buffer in model.buffers()}
+def copy_buffers(model: nn.Module) -> Buffers:
+    """A copy of every buffer of the model, by the place where it stands: modules may put another tensor there."""
+    modules = dict.fromkeys(model.modules())
+    return {(module, name): b.clone() for module in modules for name, b in module.named_buffers(recurse=False)}
 
 
 @torch.no_grad()
-def put_back_buffers(copies: dict[Tensor, Tensor]) -> None:
-    """Write the values that `copy_buffers` took back into the buffers."""
-    for buffer, value in copies.items():
-        buffer.copy_(value)
+def put_back_buffers(copies: Buffers) -> None:
+    """Write the values that `copy_buffers` took back."""
+    for (module, name), value in copies.items():
+        buffer = module._buffers.get(name)
+        if buffer is None or buffer.shape != value.shape:
+            module._buffers[name] = value.clone()
+        else:
+            buffer.copy_(value)

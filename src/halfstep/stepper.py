@@ -29,7 +29,7 @@ from halfstep.control.sensitivity import choose_plan
 from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.errors import HalfstepError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.machine.hardware import get_profile
-from halfstep.mechanisms.gradients import measure_norm
+from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.mechanisms.master_weights import PARAMETERWISE, match_states
 from halfstep.mechanisms.optimizer_states import NarrowStates
@@ -37,7 +37,7 @@ from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
 from halfstep.records import HardwareProfile, PlanRecord, Stall, StepOutcome
 from halfstep.snapshot import Snapshot
-from halfstep.window import SIXTEEN_BITS, Finding, Window
+from halfstep.window import NO_GRADIENT, SIXTEEN_BITS, Finding, Window, lay_out_like
 
 FIRST_WATCHES, WATCH_EVERY = (10, 20), 500
 """Updates in which it is looked whether weights move: after the optimizer's moments have filled, and now and then."""
@@ -91,15 +91,13 @@ class Stepper:
         self.conversion = convert(model, PRESETS["32-true"])
         self.release = release  # gradients, each as soon as it is there
         self._left_out: set[nn.Parameter] = set()  # whose gradient was not finite when it was released
-        self._squares = 0.0  # of the gradients that were released
+        self._norms: list[float] = []  # of the gradients that were released
         self._hooks = ExitStack()
-        if release:
-            for optimizer in optimizers:
-                self._release(optimizer)
         for optimizer in optimizers:
             self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
             self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
-        self._hooks.callback(model.register_forward_pre_hook(self._window.note_batch, with_kwargs=True).remove)
+        self._hooks.enter_context(self._window.watch())
+        self._window.when_loaded = self._drop_good_state
 
     def __repr__(self) -> str:
         plan = "auto, not chosen yet" if self._waiting else self.plan.name or "a plan of its own"
@@ -169,42 +167,52 @@ class Stepper:
         finding = self._window.inspect(gradients, lift, self.conversion.autocast)
         if not finding.cause:
             self._keep_good_state()
-            with self._at_reduced_rate():
-                self._update(gradients, self._clip(finding.norm) / lift)
-            self._advance()
+            try:
+                with self._at_reduced_rate():
+                    self._update(gradients, self._clip(finding.norm) / lift)
+                self._advance()
+            except BaseException:
+                self._window.clear()
+                raise
         return self._settle(finding, before)
 
-    def _release(self, optimizer: Optimizer) -> None:
+    def _release(self, optimizer: Optimizer, hooks: ExitStack) -> None:
         """Have each parameter updated in the backward pass, as soon as its gradient is there."""
 
         def update(parameter: Tensor) -> None:
             gradient, held = parameter.grad, cast(nn.Parameter, parameter)
             if gradient is None:
                 return
-            norm, _ = measure_norm([gradient])
-            if not math.isfinite(norm):
+            norm = measure_norm([gradient])[0]
+            if not math.isfinite(norm) and find_nonfinite({held: gradient}):
                 self._left_out.add(held)
                 parameter.grad = None
                 return
-            self._squares += norm**2
+            self._norms.append(norm if math.isfinite(norm) else measure_norm_slowly([gradient]))
             with self._at_reduced_rate():
                 self._step_masters(optimizer, {held: gradient}, 1.0)
 
-        for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
-            self._hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
+        for parameter in [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]:
+            hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
 
     def _step_released(self, loss: Tensor | None) -> StepOutcome:
         """A loss that is not finite is seen before anything moves; a gradient that is not leaves out its parameter alone."""
-        self._left_out, self._squares = set(), 0.0
+        self._left_out, self._norms = set(), []
         finding = self._window.inspect_loss(loss, self.conversion.autocast)
-        if not finding.cause:
+        if finding.cause:
+            return self._settle(finding, 1.0)
+        self._keep_good_state()
+        with ExitStack() as hooks:
+            for optimizer in self.optimizers:
+                self._release(optimizer, hooks)
             self._window.go_backward(loss, 1.0)
-            tensors = self._window.name_tensors(self._left_out)
-            finding = Finding(norm=self._squares**0.5, tensors=tensors)
-            if self._squares == 0.0 and tensors:
-                finding = replace(finding, cause="no gradient is finite", nonfinite=True)
-            else:
-                self._advance()
+        finding = Finding(norm=math.hypot(*self._norms), tensors=self._window.name_tensors(self._left_out))
+        if self._norms:
+            self._advance()
+        elif finding.tensors:
+            finding = replace(finding, cause="no gradient is finite", nonfinite=True)
+        else:
+            finding = replace(finding, cause=NO_GRADIENT)
         return self._settle(finding, 1.0)
 
     def _clip(self, norm: float) -> float:
@@ -243,6 +251,7 @@ class Stepper:
     def _advance(self) -> None:
         """What moves when the weights did."""
         self.applied += 1
+        torch.clear_autocast_cache()  # which holds converted weights as long as a block around several steps is open
         for scheduler in self.schedulers:
             scheduler.step()
         if self.averages:
@@ -256,13 +265,13 @@ class Stepper:
             self.skipped += 1
             self._window.put_back()
         can_fall = before > self._rule.floor and self._rule.backoff < 1.0
-        if not finding.forward_nonfinite:  # of which the scale is not guilty
-            self._scale = adjust(self._scale, self._rule, found_nonfinite=finding.nonfinite)
-        decision = Decision()
-        if finding.nonfinite or not finding.cause:
-            seen = Observation(applied=not finding.cause, cause=finding.cause, layer=finding.layer,
-                               forward_nonfinite=finding.forward_nonfinite, scale_can_fall=can_fall)  # fmt: skip
-            self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
+        failed_backward = finding.nonfinite and not finding.forward_nonfinite
+        if failed_backward or not finding.cause:  # of a bad forward pass, and of no gradient, the scale is not guilty
+            self._scale = adjust(self._scale, self._rule, found_nonfinite=failed_backward)
+        mendable = can_fall or not finding.nonfinite
+        seen = Observation(applied=not finding.cause, cause=finding.cause, layer="" if finding.layer.startswith("(") else finding.layer,
+                           forward_nonfinite=finding.forward_nonfinite, scale_can_fall=mendable)  # fmt: skip
+        self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
         self._window.clear()
         if decision.action:
             decision = self._recover(decision, finding)
@@ -291,13 +300,20 @@ class Stepper:
 
     def _keep_good_state(self) -> None:
         """Before an update whose gradients are finite, now and then: the state to roll back to."""
-        if self.recovery_rule.policy != "roll-back":
-            return
-        if self._good is None or self.applied - self._good[0] >= self.recovery_rule.every:
-            masters = self.conversion.masters
-            self._good = self.applied, Snapshot(self.model, masters, self.optimizers, self.schedulers)
-            # the buffers have seen this window's forward pass already
-            self._good[1].buffers.update(self._window.buffers)
+        if self._needs_good_state():
+            self._good = self.applied, self._take_snapshot()
+
+    def _drop_good_state(self) -> None:
+        self._good = None
+
+    def _needs_good_state(self) -> bool:
+        due = self._good is None or self.applied - self._good[0] >= self.recovery_rule.every
+        return due and self.recovery_rule.policy == "roll-back"
+
+    def _take_snapshot(self) -> Snapshot:
+        snapshot = Snapshot(self.model, self.conversion.masters, self.optimizers, self.schedulers)
+        snapshot.buffers.update(self._window.buffers)  # those in the model have seen this window's forward pass
+        return snapshot
 
     def _recover(self, decision: Decision, finding: Finding) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
@@ -319,7 +335,9 @@ class Stepper:
     def _widen(self, layer: str, why: str) -> list[str]:
         """Put a layer into fp32, and those that share its weights."""
         modules = dict(self.model.named_modules())
-        if layer not in modules or self.conversion.table[layer].compute == "fp32":
+        if layer not in modules:
+            raise PlanError(f"what failed first is '{layer}', which is no layer of its own")
+        if self.conversion.table[layer].compute == "fp32":
             raise PlanError(f"'{layer}' runs in fp32 already")
         own = set(modules[layer].parameters(recurse=False))
         layers = [
@@ -334,16 +352,26 @@ class Stepper:
     @contextmanager
     def _at_reduced_rate(self) -> Iterator[None]:
         """Learning rates times what the recovery policy leaves of them; schedulers never see it."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if self._recovery.rate == 1.0:
+            yield
+            return
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups if "lr" in group]
         rates = [group["lr"] for group in groups]
-        if self._recovery.rate < 1.0:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * self._recovery.rate
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * self._recovery.rate
         try:
             yield
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
+
+    def _let_auto_choose(self, closure: Callable[[], Tensor]) -> None:
+        """It does so in a forward pass, which must not be one in the middle of an update."""
+        if self._waiting is not None:
+            with self.autocast():
+                closure()
+            self._window.put_back()
+            self._window.clear()
 
     def _step_by_closure(self, loss: Tensor | None, closure: Callable[[], Tensor]) -> StepOutcome:
         """Hand an optimizer a closure that evaluates under the plan; one bad evaluation undoes the whole step."""
@@ -351,9 +379,9 @@ class Stepper:
             raise ModelError(
                 "a closure needs one optimizer and accumulate=1: it evaluates the whole loss again and again"
             )
+        self._let_auto_choose(closure)
         masters, before, finding = self.conversion.masters, self.scale, Finding()
-        snapshot = Snapshot(self.model, masters, self.optimizers, self.schedulers)
-        snapshot.buffers.update(self._window.buffers)
+        snapshot, applied, is_due = self._take_snapshot(), self.applied, self._needs_good_state()
 
         def take() -> dict[nn.Parameter, Tensor]:
             """The gradients of what has just gone backward, checked, unscaled and clipped, in full precision."""
@@ -381,11 +409,17 @@ class Stepper:
             if loss is not None:
                 self._window.go_backward(loss, self.scale)
             first = take() if loss is not None else {}
-            with masters.widened(), self._at_reduced_rate():
+            with ExitStack() as stack:
+                for states in self._states.values():
+                    stack.enter_context(states.widened(self._window.held))
+                stack.enter_context(masters.widened())
+                stack.enter_context(self._at_reduced_rate())
                 for parameter, gradient in first.items():
                     parameter.grad = gradient
                 self.optimizer.step(evaluate)
             self._advance()
+            if is_due:
+                self._good = applied, snapshot
         except BaseException as error:
             snapshot.put_back()
             self._window.clear()
@@ -442,10 +476,11 @@ class Stepper:
             raise
         self.conversion = drafted
         self.conversion.masters.load_state_dict(noise)
-        self._narrow_states(plan.states == "8-bit")
+        self._narrow_states(False)
         self._match_states()
+        self._narrow_states(plan.states == "8-bit")
         self._good = None
-        self.recovery_rule = RecoveryRule(policy=plan.recovery)  # type: ignore[arg-type]  # Plan has checked the word
+        self.recovery_rule = replace(self.recovery_rule, policy=plan.recovery)  # type: ignore[arg-type]  # Plan has checked it
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         self.plan_record = PlanRecord(
@@ -480,6 +515,8 @@ class Stepper:
         """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""
         self._stop_waiting()
         self._hooks.close()
+        self._window.clear()
+        self._good = None
         self.conversion.undo()
         self.conversion = convert(self.model, PRESETS["32-true"])
         self._narrow_states(False)
@@ -509,7 +546,6 @@ class Stepper:
         Raises PlanError when the state was saved inside an accumulation window and does not hold its gradients, or
         the window is longer than this stepper's.
         """
-        self._window.clear()
         window = state.get("window")
         if state["micro"] and (window is None or state["micro"] >= self.accumulate):
             raise PlanError(
@@ -520,6 +556,8 @@ class Stepper:
                     else "without their gradients"
                 )
             )
+        self._window.clear()
+        self._good = None
         if state["plan"] is not None and state["plan"] != str(self.plan):
             self.adopt(Plan.parse(state["plan"]), "restored")
         if state["plan"] is not None:
@@ -534,13 +572,15 @@ class Stepper:
         self._incoming = state
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """Optimizer.load_state_dict has cast states to the 16 bits of their parameter: take them again, in fp32."""
+        """Optimizer.load_state_dict has cast states to the 16 bits of their parameter, and left them the strides they were
+        saved with: take them again, as the optimizer sees the parameter."""
         for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
-                if parameter in self.conversion.masters or self._states:
-                    for key, value in self._incoming["state"].get(index, {}).items():
-                        if isinstance(value, Tensor) and key != "step":
-                            optimizer.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+                seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
+                for key, value in self._incoming["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
+                        dtype = seen if value.is_floating_point() else value.dtype
+                        optimizer.state[parameter][key] = lay_out_like(parameter, value, dtype)
         self._incoming = {}
         if optimizer in self._states:
             self._states[optimizer].narrow(optimizer.state)

@@ -7,19 +7,21 @@ reduction over gradients and losses.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
 from halfstep.errors import ModelError
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
-from halfstep.snapshot import copy_buffers, put_back_buffers
+from halfstep.snapshot import Buffers, copy_buffers, put_back_buffers
 
+NO_GRADIENT = "no parameter that the optimizer holds received a gradient"
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -41,12 +43,13 @@ class Window:
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self.model, self.optimizers = model, tuple(optimizers)
         self.names = {p: name for name, p in model.named_parameters()}
+        self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._empty()
 
     def _empty(self) -> None:
         self.micro = 0  # micro-batches that are in
-        self.buffers: dict[Tensor, Tensor] = {}  # as they were before the window
+        self.buffers: Buffers = {}  # as they were before the window
         self._losses: list[Tensor] = []
         self._inputs: dict[int, tuple[Any, Any]] = {}  # micro-batch -> arguments of the model
         self._sums: dict[nn.Parameter, Tensor] = {}  # fp32 sums of 16-bit gradients
@@ -56,12 +59,24 @@ class Window:
         """The parameters that the optimizers move, in their order."""
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model's forward pre-hook."""
-        if module.training and torch.is_grad_enabled():
-            if not self._inputs:
-                self.buffers = copy_buffers(module)
-            self._inputs[self.micro] = (args, kwargs)
+    def watch(self) -> ExitStack:
+        """Note what every forward pass of the model begins from, until the stack that is returned is closed."""
+        hooks = ExitStack()
+        hooks.callback(self.model.register_forward_pre_hook(_Noting(self), with_kwargs=True).remove)
+        hooks.callback(self.model.register_load_state_dict_post_hook(_Forgetting(self)).remove)
+        return hooks
+
+    def note_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of a forward pass, and before the first one of a window the buffers."""
+        if not self._inputs:
+            self.buffers = copy_buffers(self.model)
+        # detached: another network's graph may hang on them
+        self._inputs[self.micro] = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+
+    def forget_passes(self) -> None:
+        """Forward passes that no backward pass has followed do not count any more: the model has been loaded since."""
+        if not self.micro:
+            self.buffers, self._inputs = {}, {}
 
     def go_backward(self, loss: Tensor | None, factor: float) -> None:
         """Backward of loss * factor. An error on the way, as for lack of memory, drops the whole window."""
@@ -100,7 +115,7 @@ class Window:
         norm, losses = measure_norm(gradients.values(), self._losses)
         bad_loss = next((micro for micro, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if math.isfinite(norm) and bad_loss is None:
-            cause = "" if gradients else "no parameter that the optimizer holds received a gradient"
+            cause = "" if gradients else NO_GRADIENT
             return Finding(norm=norm / lift, cause=cause)
         tensors = self.name_tensors(set(find_nonfinite(gradients)))
         if bad_loss is not None:
@@ -156,9 +171,9 @@ class Window:
             return None
         return {
             "losses": [float(loss) for loss in self._losses],
-            "sums": {i: self._sums[p] for i, p in enumerate(self.held) if p in self._sums},
-            "gradients": {i: p.grad for i, p in enumerate(self.held) if p.grad is not None},
-            "buffers": list(self.buffers.values()),
+            "sums": {i: self._sums[p].clone() for i, p in enumerate(self.held) if p in self._sums},
+            "gradients": {i: p.grad.clone() for i, p in enumerate(self.held) if p.grad is not None},
+            "buffers": [value.clone() for value in self.buffers.values()],
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, factor: float = 1.0) -> None:
@@ -170,14 +185,47 @@ class Window:
         self.micro = len(state["losses"])
         self._losses = [torch.tensor(loss, device=held[0].device) for loss in state["losses"]]
         self._inputs = {-1: ((), {})}  # the window's first forward pass was before
-        self._sums = {held[i]: value.to(held[i].device) * factor for i, value in state["sums"].items()}
-        for i, value in state["gradients"].items():
-            if value.dtype == held[i].dtype and value.dtype not in SIXTEEN_BITS:
-                held[i].grad = value.to(held[i].device) * factor
+        for i, value in [*state["sums"].items(), *state["gradients"].items()]:
+            if i in state["sums"] or value.dtype != held[i].dtype or value.dtype in SIXTEEN_BITS:
+                self._sums[held[i]] = lay_out_like(held[i], value, torch.float32) * factor
             else:
-                self._sums[held[i]] = value.to(held[i].device, torch.float32) * factor
-        pairs = zip(self.model.buffers(), state["buffers"], strict=True)
-        self.buffers = {buffer: value.to(buffer.device) for buffer, value in pairs}
+                held[i].grad = lay_out_like(held[i], value, held[i].dtype) * factor
+        if state["buffers"]:  # none are noted in evaluation mode
+            places = copy_buffers(self.model).items()
+            pairs = zip(places, state["buffers"], strict=True)
+            self.buffers = {place: value.to(now.device) for (place, now), value in pairs}
+
+
+def lay_out_like(parameter: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value with the strides of its parameter: fused kernels walk through memory, not through indices."""
+    if value.is_sparse:
+        return value.to(parameter.device, dtype)
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
+
+
+class _Noting:
+    """The forward pre-hook. A copy of the model that is made or saved takes an inert one along, and no window."""
+
+    def __init__(self, window: Window | None) -> None:
+        self.window = window
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return type(self), (None,)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or self.window is None:
+            return
+        if module.training and torch.is_grad_enabled():
+            self.window.note_batch(args, kwargs)
+
+
+class _Forgetting(_Noting):
+    """The hook after load_state_dict."""
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:  # type: ignore[override]
+        if self.window is not None:
+            self.window.forget_passes()
+            self.window.when_loaded()
 
 
 def _require_loss(loss: Tensor | None) -> Tensor:

@@ -131,7 +131,7 @@ def find_first_nonfinite(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
         >>> find_first_nonfinite(model, (torch.ones(1, 1),), {})
         '1'
     """
-    if not _is_finite((args, kwargs)):
+    if not _is_finite((args, kwargs), masks=True):
         return "(input)"
     found: list[str] = []
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -147,9 +147,12 @@ def find_first_nonfinite(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
     return found[0] if found else ""
 
 
-def _is_finite(values: Any) -> bool:
+def _is_finite(values: Any, *, masks: bool = False) -> bool:
+    """masks: negative infinity is one, as in an attention mask, and no fault."""
     leaves = [t for t in tree_leaves(values) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
-    return all(bool(torch.isfinite(t).all()) for t in leaves)
+    return all(
+        bool((torch.isfinite(t) | (torch.isneginf(t) if masks and not t.is_complex() else False)).all()) for t in leaves
+    )
 
 
 @dataclass(kw_only=True)

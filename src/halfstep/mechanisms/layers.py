@@ -91,12 +91,14 @@ class ScaledUnit(Unit):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _, _, _, output = self._halfstep
-        (x,) = (*args, *kwargs.values())
+        (x, *rest), kwargs = (args or (kwargs["input"],)), {k: v for k, v in kwargs.items() if k != "input"}
+        if not x.numel():
+            return super().forward(x, *rest, **kwargs)
         parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
         stored, cell = dict(parameters), _Cell()
         parameters.update({name: _Lower.apply(p, cell) for name, p in stored.items() if p is not None})
         try:
-            y = super().forward(_Lower.apply(x.to(torch.float32), cell))
+            y = super().forward(_Lower.apply(x.to(torch.float32), cell), *rest, **kwargs)
         finally:
             parameters.update(stored)
         weight, channels = stored["weight"], -1 - len(getattr(self, "kernel_size", ()))  # the place of the channels

@@ -339,7 +339,8 @@ class MasterWeights:
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the parameter from an fp32 tensor, truth and live weight, rounded to nearest."""
         if parameter in self._truths:
-            self._truths[parameter].write(value.detach().to(parameter.device, torch.float32).clone())
+            wide = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)  # with the parameter's strides
+            self._truths[parameter].write(wide.copy_(value.detach()))
             _show(parameter, self._truths[parameter])
         else:
             parameter.data.copy_(value)

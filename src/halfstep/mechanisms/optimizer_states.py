@@ -137,8 +137,10 @@ class NarrowStates:
         for parameter in list(parameters):
             state = self.optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if isinstance(value, Quantized):
-                    state[key] = dequantize(value)
+                if isinstance(value, Quantized):  # with the parameter's strides: fused kernels walk through memory
+                    state[key] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(
+                        dequantize(value)
+                    )
 
     @contextmanager
     def widened(self, parameters: Iterable[Tensor]) -> Iterator[None]:
