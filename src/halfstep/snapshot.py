@@ -40,7 +40,7 @@ class Snapshot:
         held = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
         parameters = dict.fromkeys([*model.parameters(), *held])
         self._weights = {p: masters.read(p) if p in masters else p.detach().clone() for p in parameters}
-        self.buffers = copy_buffers(model)
+        self.buffers = copy_buffers(find_owners(model))
         self._states = [{p: copy.deepcopy(state) for p, state in o.state.items()} for o in self._optimizers]
         self._groups = [[_copy_settings(group) for group in o.param_groups] for o in self._optimizers]
         self._schedules = [copy.deepcopy(s.state_dict()) for s in self._schedulers]
@@ -67,10 +67,14 @@ def _copy_settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
-def copy_buffers(model: nn.Module) -> Buffers:
-    """A copy of every buffer of the model, by the place where it stands: modules may put another tensor there."""
-    modules = dict.fromkeys(model.modules())
-    return {(module, name): b.clone() for module in modules for name, b in module.named_buffers(recurse=False)}
+def find_owners(model: nn.Module) -> list[nn.Module]:
+    """The modules that have buffers."""
+    return [module for module in model.modules() if module._buffers]
+
+
+def copy_buffers(owners: Iterable[nn.Module]) -> Buffers:
+    """A copy of every buffer, by the place where it stands: modules may put another tensor there."""
+    return {(m, name): b.clone() for m in owners for name, b in m._buffers.items() if b is not None}
 
 
 @torch.no_grad()

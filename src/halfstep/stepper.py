@@ -269,7 +269,8 @@ class Stepper:
         if failed_backward or not finding.cause:  # of a bad forward pass, and of no gradient, the scale is not guilty
             self._scale = adjust(self._scale, self._rule, found_nonfinite=failed_backward)
         mendable = can_fall or not finding.nonfinite
-        seen = Observation(applied=not finding.cause, cause=finding.cause, layer="" if finding.layer.startswith("(") else finding.layer,
+        layer = "" if finding.layer.startswith("(") else finding.layer  # the input, or the model's own code
+        seen = Observation(applied=not finding.cause, cause=finding.cause, layer=layer,
                            forward_nonfinite=finding.forward_nonfinite, scale_can_fall=mendable)  # fmt: skip
         self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
         self._window.clear()

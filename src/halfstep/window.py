@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from halfstep.control.monitor import find_first_nonfinite
 from halfstep.errors import ModelError
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
-from halfstep.snapshot import Buffers, copy_buffers, put_back_buffers
+from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
 
 NO_GRADIENT = "no parameter that the optimizer holds received a gradient"
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -42,6 +42,7 @@ class Window:
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self.model, self.optimizers = model, tuple(optimizers)
+        self._owners = find_owners(model)
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
@@ -69,7 +70,7 @@ class Window:
     def note_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a forward pass, and before the first one of a window the buffers."""
         if not self._inputs:
-            self.buffers = copy_buffers(self.model)
+            self.buffers = copy_buffers(self._owners)
         # detached: another network's graph may hang on them
         self._inputs[self.micro] = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
 
@@ -191,7 +192,7 @@ class Window:
             else:
                 held[i].grad = lay_out_like(held[i], value, held[i].dtype) * factor
         if state["buffers"]:  # none are noted in evaluation mode
-            places = copy_buffers(self.model).items()
+            places = copy_buffers(self._owners).items()
             pairs = zip(places, state["buffers"], strict=True)
             self.buffers = {place: value.to(now.device) for (place, now), value in pairs}
 
