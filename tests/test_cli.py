@@ -216,12 +216,26 @@ class TestTrain:
         assert "this run is finished" in trained.succeed("train", "long.toml", "--resume", "whole")
         assert {file.name: file.read_bytes() for file in (trained.root / "whole").iterdir()} == before
 
+    def test_options_that_are_not_given_again_are_those_of_the_run(self, trained: House) -> None:
+        trained.succeed(
+            "train", "tiny.toml", "--steps", "4", "--precision", "bf16-mixed", "--set", "layers=1", "--out", "mine"
+        )
+        record = trained.root / "mine" / "record.jsonl"
+        *lines, end = record.read_text().splitlines()
+        assert '"finished"' in end
+        record.write_text("\n".join(lines) + "\n")  # as if it had been killed before it wrote its end
+        assert "going on after step 4" in trained.succeed("train", "tiny.toml", "--resume", "mine")
+        refused = trained.run("train", "image-classification", "--resume", "mine")
+        require_one_line(
+            refused, "is a run of task text-generation; recipe 'image-classification' is image-classification"
+        )
+
     def test_a_run_that_was_killed_before_it_saved_starts_again(self, trained: House) -> None:
         (trained.root / "early").mkdir()
         with (trained.root / "early" / "record.jsonl").open("w") as file:
             records.append(file, [r for r in trained.read("whole") if getattr(r, "step", 0) < 9])
         said = trained.succeed("train", "long.toml", "--resume", "early")
-        assert "nothing was saved yet: starting again at step 0" in said
+        assert "no checkpoint is there yet: starting again at step 0" in said
         assert trained.losses("early") == trained.losses("whole")
 
 

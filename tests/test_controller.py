@@ -61,6 +61,16 @@ def test_widen_without_a_known_layer_waits_for_one() -> None:
     assert decide(state, rule, AT_FLOOR)[1].action == "widen"
 
 
+@pytest.mark.parametrize("policy", ["back-off", "roll-back", "widen"])
+def test_bad_data_is_left_to_the_limit_by_all_policies_but_stop(policy: Any) -> None:
+    bad = Observation(applied=False, cause="the loss is nan", forward_nonfinite=True, data_nonfinite=True, layer="a")
+    state = Recovery()
+    for _ in range(10):
+        state, decision = decide(state, RecoveryRule(policy=policy), bad)
+        assert decision == Decision()
+    assert decide(Recovery(), RecoveryRule(policy="stop"), bad)[1].action == "stop"
+
+
 def test_learning_rate_is_halved_and_given_back() -> None:
     assert run("back-off", "nnn")[1].rate == 0.5
     assert run("back-off", "nnnnnn")[1].rate == 0.25

@@ -403,7 +403,7 @@ def test_loss_that_is_not_finite_is_skipped_and_said_to_be_the_cause(mode: str, 
         loss = model(torch.ones(2, 8)).float().mean() + value
     outcome = stepper.step(loss)
     assert outcome.skipped
-    assert outcome.cause == f"the loss is {value}"
+    assert outcome.cause == f"the loss is {value}, though every output of the model is finite"
     assert_same(copy_weights(model), before)
 
 
@@ -1042,7 +1042,11 @@ def test_loss_function_that_fails_on_finite_outputs_names_no_layer() -> None:
     model = make_mlp()
     stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true")
     outcome = stepper.step((model(torch.ones(2, 8)).sum() * 0).log())
-    assert (outcome.layer, outcome.forward_nonfinite, outcome.cause) == ("", True, "the loss is -inf")
+    assert (outcome.layer, outcome.forward_nonfinite, outcome.cause) == (
+        "",
+        True,
+        "the loss is -inf, though every output of the model is finite",
+    )
 
 
 def test_looking_for_the_guilty_layer_draws_no_random_numbers() -> None:
@@ -1106,6 +1110,7 @@ def test_several_optimizers_share_one_step(mode: str) -> None:
     for name, weight in copy_weights(models[0]).items():
         torch.testing.assert_close(weight, copy_weights(models[1])[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(ModelError, match="two optimizers hold the same parameter"):
+        both.restore()
         prepare(models[0], [SGD(matrices, lr=0.1), SGD(models[0].parameters(), lr=0.1)], "32-true")
 
 
@@ -1306,6 +1311,7 @@ def test_lbfgs_without_a_closure_and_a_closure_in_a_window_say_what_to_do() -> N
     stepper = prepare(model, LBFGS(model.parameters()), "32-true")
     with pytest.raises(ModelError, match=r"call step\(closure=f\)"):
         train(stepper, make_regression_batches(1))
+    stepper.restore()
     window = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
     with pytest.raises(ModelError, match="accumulate=1"):
         window.step(closure=lambda: model(torch.ones(1, 8)).sum())
@@ -1340,7 +1346,7 @@ def test_roll_back_returns_to_the_last_good_state(mode: str) -> None:
     plan = replace(read_plan(mode), recovery="roll-back")
     stepper = prepare(model, optimizer, plan, schedulers=schedule)
     stepper.recovery_rule = replace(stepper.recovery_rule, every=4)
-    batches = make_images(12, bad={7, 8, 9})
+    batches = [(x, y * math.nan) if number in (7, 8, 9) else (x, y) for number, (x, y) in enumerate(make_images(12))]
     stepper._scale = replace(stepper._scale, scale=min(stepper.scale, 256.0))
     train(stepper, batches[:4])
     kept = copy_weights(model), copy.deepcopy(optimizer.state_dict()), schedule.state_dict()
@@ -1371,7 +1377,7 @@ def test_back_off_halves_the_learning_rate_and_gives_it_back() -> None:
         return float(((before - copy_weights(model)["4.bias"]) / gradient).median())
 
     assert find_rate(good[0]) == pytest.approx(0.25, rel=1e-3)
-    assert train(stepper, [(x * math.inf, y)] * 3)[-1].recovery.startswith("back-off: ")
+    assert train(stepper, [(x, y * math.inf)] * 3)[-1].recovery.endswith("multiplied by 0.5")
     rates = [find_rate(batch) for batch in good[1:]]
     assert rates == pytest.approx([0.125, 0.125, 0.125, 0.25], rel=1e-3)
     assert optimizer.param_groups[0]["lr"] == 0.25
@@ -1556,6 +1562,7 @@ def test_stepper_shows_its_plan_and_counters() -> None:
     stepper = prepare(model, make_adamw(model), "16-mixed")
     train(stepper, make_regression_batches(2))
     assert repr(stepper) == "Stepper(16-mixed; 2 applied, 0 skipped; loss scale 65536)"
+    stepper.restore()
     waiting = prepare(model, make_adamw(model), "auto", profile=make_profile())
     assert repr(waiting) == "Stepper(auto, not chosen yet; 0 applied, 0 skipped; loss scale 1)"
 
@@ -1675,13 +1682,13 @@ def test_roll_back_with_release_and_with_closures_has_a_state_to_go_back_to(clos
     stepper = prepare(model, optimizer, plan, release=not closure)
     before = copy_weights(model)
 
-    def step(x: Tensor) -> StepOutcome:
+    def step(y: Tensor) -> StepOutcome:
         if closure:
             return stepper.step(closure=lambda: F.mse_loss(model(x), y))
         return train(stepper, [(x, y)])[0]
 
-    assert step(x).applied
-    outcomes = [step(x * math.nan) for _ in range(3)]
+    assert step(y).applied
+    outcomes = [step(y * math.nan) for _ in range(3)]
     assert outcomes[-1].recovery.startswith("roll-back")
     assert_same(copy_weights(model), before)
 
@@ -1697,7 +1704,7 @@ def test_roll_back_does_not_go_back_past_what_was_loaded(load: str) -> None:
     else:
         model.load_state_dict(model.state_dict())
     with pytest.raises(TrainingError, match="there is no good state to go back to"):
-        train(stepper, [(x * math.nan, y)] * 3)
+        train(stepper, [(x, y * math.nan)] * 3)
 
 
 class Running(nn.Module):
@@ -1784,7 +1791,7 @@ def test_optimizer_without_a_learning_rate_trains_and_backs_off_without_effect()
     model = make_mlp()
     stepper = prepare(model, Stubborn(model.parameters()), replace(Plan.preset("32-true"), recovery="back-off"))
     x, y = make_regression_batches(1)[0]
-    train(stepper, [(x, y)] + [(x * math.nan, y)] * 3)
+    train(stepper, [(x, y)] + [(x, y * math.nan)] * 3)
     assert train(stepper, [(x, y)])[0].applied
 
 
@@ -1869,3 +1876,54 @@ def test_steps_inside_one_autocast_block_see_new_weights() -> None:
             losses.append(loss.item())
             stepper.step(loss)
     assert losses[0] > losses[1] > losses[2]
+
+
+# --- what users get wrong
+
+
+def test_backward_made_by_hand_is_an_error_that_says_so() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "32-true")
+    x, y = make_regression_batches(1)[0]
+    loss = F.mse_loss(model(x), y)
+    loss.backward()
+    with pytest.raises(ModelError, match=r"6 parameters hold gradients that no step\(\) made, the first is 0.weight"):
+        stepper.step(loss)
+    stepper.optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(ModelError, match=r"leave out loss.backward\(\)"):
+        stepper.step(loss)
+    assert train(stepper, [(x, y)])[0].applied
+
+
+def test_model_that_is_prepared_is_refused_until_it_is_restored() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), SPLIT)
+    with pytest.raises(ModelError, match=r"prepared already; go on with its stepper, or call restore\(\)"):
+        prepare(model, make_adamw(model), SPLIT)
+    stepper.restore()
+    assert train(prepare(model, make_adamw(model), SPLIT), make_regression_batches(1))[0].applied
+
+
+def test_skip_says_which_weights_are_not_finite() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), SPLIT)
+    with torch.no_grad():
+        model.get_parameter("2.bias")[0] = math.nan
+    assert train(stepper, make_regression_batches(1))[0].cause == (
+        "the loss is nan, first in the output of '2', whose bias is not finite"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [(None, None), (nn.Linear(1, 1), AdamW), (nn.Linear(1, 1), nn.Linear(1, 1)), (nn.Linear(1, 1), [])]
+)
+def test_prepare_says_what_it_takes(arguments: tuple[Any, Any]) -> None:
+    with pytest.raises(ModelError, match="prepare takes a module and an optimizer"):
+        prepare(*arguments, "32-true")
+
+
+@pytest.mark.parametrize("plan", [torch.bfloat16, None, 16])
+def test_plan_of_another_type_is_refused(plan: Any) -> None:
+    model = make_mlp()
+    with pytest.raises(PlanError, match="a plan is a Plan, the name of a precision, or a path"):
+        prepare(model, make_adamw(model), plan)

@@ -98,7 +98,7 @@ def compute_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
     """Write a state to `path`, whole or not at all.
 
     Examples:
@@ -106,6 +106,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Raises CheckpointError when it cannot be written; the checkpoint that stood there before is still there then.
     """
+    path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps({"schema": SCHEMA, "state": pack(state, tensors)})
     header = {"halfstep": text, "sha256": compute_digest(text, tensors)}
@@ -147,7 +148,7 @@ def force_to_disk(folder: Path) -> None:
             os.close(descriptor)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """The state that was saved at `path`.
 
     Examples:
@@ -158,6 +159,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError for a file that is missing, cut off, changed since it was written, or of another kind.
     """
+    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}; give the folder of a run that saved one")
     try:

@@ -75,8 +75,26 @@ def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 def _load(name: str, overrides: list[str] | None, **shorthands: object) -> "Recipe":
     from halfstep.tasks.recipe import load_recipe
 
-    given = [f"{key}={value}" for key, value in shorthands.items() if value is not None]
-    return load_recipe(name, [*(overrides or []), *given])
+    return load_recipe(name, [*(overrides or []), *_spell(**shorthands)])
+
+
+def _spell(**shorthands: object) -> list[str]:
+    """Options that were given, as overrides."""
+    return [f"{key}={value}" for key, value in shorthands.items() if value is not None]
+
+
+def _take_options(record: Path, recipe: "Recipe", given: list[str]) -> "Recipe":
+    """The recipe of the run that is resumed, with the options that are given now. Raises CheckpointError for another task."""
+    import tomllib
+
+    from halfstep.tasks.recipe import parse_recipe
+
+    head = next(records.read(record), None) if record.exists() else None
+    if not isinstance(head, records.RunRecord):
+        return recipe
+    if head.task != recipe.task:
+        raise CheckpointError(f"{record.parent} is a run of task {head.task}; recipe '{recipe.name}' is {recipe.task}")
+    return parse_recipe(tomllib.loads(head.recipe), recipe.name, given)
 
 
 def _write_json(record: "Record", target: Path | None) -> None:
@@ -204,6 +222,9 @@ def train(
         raise RecipeError("give --out for a new run or --resume for an old one, not both")
     require_device(device)
     loaded = _load(recipe, overrides, precision=precision, steps=steps, seed=seed, data=data)
+    if resume is not None:
+        given = [*(overrides or []), *_spell(precision=precision, steps=steps, seed=seed, data=data)]
+        loaded = _take_options(resume / "record.jsonl", loaded, given)
     folder = resume or out or Path("runs") / f"{loaded.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     task, settings = loaded.build_task(device), loaded.train
     with tune_process() as process:
@@ -225,7 +246,9 @@ def train(
                 return
             rounding = run.resume(loaded.precision if asked else None)
             console.print(
-                f"going on after step {run.done}" if run.done else "nothing was saved yet: starting again at step 0"
+                f"going on after step {run.done}"
+                if run.done
+                else "no checkpoint is there yet: starting again at step 0"
             )
             if rounding is not None:
                 console.print(f"from here on in {loaded.precision}: {rounding}", soft_wrap=True)
@@ -247,6 +270,8 @@ def train(
             for number, handler in before.items():
                 signal.signal(number, handler)
     console.print(f"kept in {folder}", soft_wrap=True)
+    if 10 * end.skipped_steps > end.step:
+        console.print(f"{end.skipped_steps} steps were skipped: this run has hardly trained; see the causes above")
     if end.reason == "interrupted":
         again = shlex.join(["halfstep", *_drop_options(sys.argv[1:], "--out", "--resume"), "--resume", str(folder)])
         console.print(
@@ -274,8 +299,11 @@ def _require_same_recipe(record: Path, recipe: "Recipe", *, new_precision: bool)
         return
     before, now = head.recipe, str(replace(recipe, precision=head.precision) if new_precision else recipe)
     if before != now:
-        pairs = zip(before.splitlines(), now.splitlines(), strict=False)
-        changed = "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
+        changed = "; ".join(
+            f"{old} then, {new} now"
+            for old, new in zip(before.splitlines(), now.splitlines(), strict=True)
+            if old != new
+        )
         raise CheckpointError(
             f"{record.parent} was started with other options: {changed}; give the same ones; only --precision may change"
         )

@@ -37,7 +37,7 @@ from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
 from halfstep.records import HardwareProfile, PlanRecord, Stall, StepOutcome
 from halfstep.snapshot import Snapshot
-from halfstep.window import NO_GRADIENT, SIXTEEN_BITS, Finding, Window, lay_out_like
+from halfstep.window import NO_GRADIENT, SIXTEEN_BITS, Finding, Noting, Window, lay_out_like
 
 FIRST_WATCHES, WATCH_EVERY = (10, 20), 500
 """Updates in which it is looked whether weights move: after the optimizer's moments have filled, and now and then."""
@@ -271,7 +271,8 @@ class Stepper:
         mendable = can_fall or not finding.nonfinite
         layer = "" if finding.layer.startswith("(") else finding.layer  # the input, or the model's own code
         seen = Observation(applied=not finding.cause, cause=finding.cause, layer=layer,
-                           forward_nonfinite=finding.forward_nonfinite, scale_can_fall=mendable)  # fmt: skip
+                           forward_nonfinite=finding.forward_nonfinite, data_nonfinite=finding.layer == "(input)",
+                           scale_can_fall=mendable)  # fmt: skip
         self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
         self._window.clear()
         if decision.action:
@@ -318,7 +319,11 @@ class Stepper:
 
     def _recover(self, decision: Decision, finding: Finding) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
-        if decision.action == "roll-back" and self._good is not None:
+        if decision.action == "back-off":
+            decision = replace(
+                decision, why=f"{decision.why}; learning rates are now multiplied by {self._recovery.rate:g}"
+            )
+        elif decision.action == "roll-back" and self._good is not None:
             applied, snapshot = self._good
             snapshot.put_back()
             decision = replace(decision, why=f"{decision.why}; from applied step {self.applied} to {applied}")
@@ -626,17 +631,23 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
 
     Raises ModelError when there is nothing to train, PlanError, FormatError or UnsupportedError for the plan.
     """
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer) if _is_many(optimizer) else ()
+    if not isinstance(model, nn.Module) or not all(isinstance(o, Optimizer) for o in optimizers) or not optimizers:
+        raise ModelError(
+            f"prepare takes a module and an optimizer, or several; got {type(model).__name__} and {type(optimizer).__name__}"
+        )
+    if any(isinstance(hook, Noting) and hook.window for hook in model._forward_pre_hooks.values()):
+        raise ModelError("the model is prepared already; go on with its stepper, or call restore() on that first")
     trainable = {p for p in model.parameters() if p.requires_grad}
     if not trainable:
         raise ModelError(f"{type(model).__name__} has no trainable parameters; set requires_grad on some of them")
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     if not trainable & set(held):
         raise ModelError(
             f"the optimizer holds none of the {len(trainable)} trainable parameters of {type(model).__name__}; "
             "make it from model.parameters()"
         )
-    if accumulate < 1 or (clip is not None and clip <= 0):
+    if not isinstance(accumulate, int) or accumulate < 1 or (clip is not None and not clip > 0):
         raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
     if len(set(held)) < len(held):
         raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
@@ -674,12 +685,18 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     return stepper
 
 
+def _is_many(optimizer: object) -> bool:
+    return isinstance(optimizer, Iterable) and not isinstance(optimizer, nn.Module | Tensor | type)
+
+
 def read_plan(plan: Plan | str) -> Plan:
     """A plan from whatever names one: a Plan, a preset's name, a plan's text, or a plan file."""
     from pathlib import Path
 
     if isinstance(plan, Plan):
         return plan
+    if not isinstance(plan, str):
+        raise PlanError(f"a plan is a Plan, the name of a precision, or a path; got {plan!r:.60}")
     if plan.endswith((".toml", ".json", ".plan")):
         return Plan.load(Path(plan))
     return Plan.parse(plan)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
 from halfstep.errors import ModelError
-from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
+from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly, take_values
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
 
 NO_GRADIENT = "no parameter that the optimizer holds received a gradient"
@@ -63,7 +63,7 @@ class Window:
     def watch(self) -> ExitStack:
         """Note what every forward pass of the model begins from, until the stack that is returned is closed."""
         hooks = ExitStack()
-        hooks.callback(self.model.register_forward_pre_hook(_Noting(self), with_kwargs=True).remove)
+        hooks.callback(self.model.register_forward_pre_hook(Noting(self), with_kwargs=True).remove)
         hooks.callback(self.model.register_load_state_dict_post_hook(_Forgetting(self)).remove)
         return hooks
 
@@ -82,18 +82,34 @@ class Window:
     def go_backward(self, loss: Tensor | None, factor: float) -> None:
         """Backward of loss * factor. An error on the way, as for lack of memory, drops the whole window."""
         loss = _require_loss(loss)
+        if not self.micro:
+            self._require_no_gradients()
         if self._has_strangers is None:
             self._has_strangers = _reaches_strangers(loss, {*self.names, *self.held})
         # another model's gradients stay its own business, as in the generator's step of a GAN
         inputs = [p for p in self.held if p.requires_grad] if self._has_strangers else None
         try:
             (loss.to(torch.float32) * factor).backward(inputs=inputs)
-        except BaseException:
+        except BaseException as error:
             put_back_buffers(self.buffers)
             self.clear()
+            if isinstance(error, RuntimeError) and "a second time" in str(error):
+                raise ModelError(
+                    "the loss has been through a backward pass already; step() makes it itself: leave out loss.backward()"
+                ) from None
             raise
         self._losses.append(loss.detach())
         self.micro += 1
+
+    def _require_no_gradients(self) -> None:
+        """What is there at the start of a window would be added to, and divided by the scale."""
+        stale = [p for p in self.held if p.grad is not None and bool(take_values(p.grad).any())]
+        if stale:
+            names = self.name_tensors(set(stale))
+            raise ModelError(
+                f"{len(stale)} parameters hold gradients that no step() made, the first is {names[0]}; step() makes the backward "
+                "pass itself: leave out loss.backward(), add losses up before step(), or call optimizer.zero_grad()"
+            )
 
     def collect(self) -> None:
         """Move 16-bit gradients of a micro-batch into fp32 sums: adding in bf16 loses what is 256 times smaller."""
@@ -120,12 +136,12 @@ class Window:
             return Finding(norm=norm / lift, cause=cause)
         tensors = self.name_tensors(set(find_nonfinite(gradients)))
         if bad_loss is not None:
-            layer = self._find_guilty(bad_loss, autocast)
-            first = {"(input)": ": so is the input", "": ""}.get(layer, f", first in the output of '{layer}'")
-            cause = f"the loss is {losses[bad_loss]}{first}"
+            found = self._find_guilty(bad_loss, autocast)
+            layer, cause = found or "", f"the loss is {losses[bad_loss]}{self._explain(found)}"
         elif tensors:
             layer = tensors[-1].rpartition(".")[0]  # backward meets the last layer first
-            cause = f"{len(tensors)} gradients are not finite, the first on the way back is {tensors[-1]}"
+            are = "gradient is" if len(tensors) == 1 else "gradients are"
+            cause = f"{len(tensors)} {are} not finite, the first on the way back is {tensors[-1]}"
         else:
             return Finding(norm=measure_norm_slowly(gradients.values()) / lift)
         return Finding(norm=norm / lift, cause=cause, tensors=tensors, layer=layer,
@@ -144,15 +160,26 @@ class Window:
         known = tuple(name for p, name in self.names.items() if p in bad)
         return ("(a parameter outside the model)",) * (len(bad) > len(known)) + known
 
-    def _find_guilty(self, micro: int, autocast: Callable[[], AbstractContextManager[Any]]) -> str:
-        """The layer where a bad forward pass went wrong, by running it again."""
+    def _find_guilty(self, micro: int, autocast: Callable[[], AbstractContextManager[Any]]) -> str | None:
+        """The layer where a bad forward pass went wrong, by running it again; None where that cannot be told."""
         if micro not in self._inputs:
-            return ""
+            return None
         try:
             with autocast():
                 return find_first_nonfinite(self.model, *self._inputs[micro])
         except Exception:  # an explanation that cannot be had must not end the run
-            return ""
+            return None
+
+    def _explain(self, layer: str | None) -> str:
+        """What a pass that was run again has shown, in words that go on after "the loss is nan"."""
+        if layer == "(input)":
+            return ": so is the input"
+        if not layer:
+            return "" if layer is None else ", though every output of the model is finite"
+        module = dict(self.model.named_modules()).get(layer, self.model)
+        bad = [name for name, p in module.named_parameters(recurse=False) if not bool(torch.isfinite(p).all())]
+        first = f", first in the output of '{layer}'"
+        return f"{first}, whose {bad[0]} is not finite" if bad else first
 
     def put_back(self) -> None:
         """Make the buffers what they were before the window."""
@@ -204,7 +231,7 @@ def lay_out_like(parameter: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor
     return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
 
 
-class _Noting:
+class Noting:
     """The forward pre-hook. A copy of the model that is made or saved takes an inert one along, and no window."""
 
     def __init__(self, window: Window | None) -> None:
@@ -220,7 +247,7 @@ class _Noting:
             self.window.note_batch(args, kwargs)
 
 
-class _Forgetting(_Noting):
+class _Forgetting(Noting):
     """The hook after load_state_dict."""
 
     def __call__(self, module: nn.Module, keys: Any) -> None:  # type: ignore[override]

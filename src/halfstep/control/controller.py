@@ -56,6 +56,7 @@ class Observation:
     cause: str = ""
     layer: str = ""  # the first layer whose numbers were not finite, where it is known
     forward_nonfinite: bool = False
+    data_nonfinite: bool = False  # whether the input already was not finite, of which no policy but `stop` can relieve
     scale_can_fall: bool = False
 
 
@@ -77,7 +78,7 @@ def decide(state: Recovery, rule: RecoveryRule, seen: Observation) -> tuple[Reco
     """
     if seen.applied:
         return _count_applied(state, rule), Decision()
-    mendable = seen.scale_can_fall and not seen.forward_nonfinite
+    mendable = (seen.scale_can_fall and not seen.forward_nonfinite) or (seen.data_nonfinite and rule.policy != "stop")
     state = replace(state, skips=state.skips + 1, failures=state.failures + (not mendable), clean=0)
     if state.skips >= rule.limit:
         return state, Decision(action="stop", why=f"{state.skips} steps in a row were skipped; the last: {seen.cause}")
