@@ -899,7 +899,7 @@ def test_empty_batch_is_skipped_and_recorded(tmp_path: Path) -> None:
 
     run = begin(open_run(tmp_path, task=Gap()))
     outcomes = {record.step: record for record in drive(run) if isinstance(record, StepRecord)}
-    assert (outcomes[5].samples, outcomes[6].outcome.cause) == (0, "the loss is nan")
+    assert (outcomes[5].samples, outcomes[6].outcome.cause) == (0, "the loss is nan: the batch is empty")
     assert [outcomes[step].outcome.status for step in (4, 6, 8)] == ["applied", "skipped", "applied"]
 
 

@@ -37,7 +37,7 @@ from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
 from halfstep.records import HardwareProfile, PlanRecord, Stall, StepOutcome
 from halfstep.snapshot import Snapshot
-from halfstep.window import NO_GRADIENT, SIXTEEN_BITS, Finding, Noting, Window, lay_out_like
+from halfstep.window import ABOUT_DATA, NO_GRADIENT, SIXTEEN_BITS, Finding, Noting, Window, lay_out_like
 
 FIRST_WATCHES, WATCH_EVERY = (10, 20), 500
 """Updates in which it is looked whether weights move: after the optimizer's moments have filled, and now and then."""
@@ -271,7 +271,7 @@ class Stepper:
         mendable = can_fall or not finding.nonfinite
         layer = "" if finding.layer.startswith("(") else finding.layer  # the input, or the model's own code
         seen = Observation(applied=not finding.cause, cause=finding.cause, layer=layer,
-                           forward_nonfinite=finding.forward_nonfinite, data_nonfinite=finding.layer == "(input)",
+                           forward_nonfinite=finding.forward_nonfinite, data_nonfinite=finding.layer in ABOUT_DATA,
                            scale_can_fall=mendable)  # fmt: skip
         self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
         self._window.clear()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
 from halfstep.errors import ModelError
@@ -22,6 +22,7 @@ from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
 
 NO_GRADIENT = "no parameter that the optimizer holds received a gradient"
+ABOUT_DATA = {"(input)": ": so is the input", "(empty)": ": the batch is empty"}
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -164,6 +165,8 @@ class Window:
         """The layer where a bad forward pass went wrong, by running it again; None where that cannot be told."""
         if micro not in self._inputs:
             return None
+        if any(isinstance(v, Tensor) and not v.numel() for v in tree_leaves(self._inputs[micro])):
+            return "(empty)"
         try:
             with autocast():
                 return find_first_nonfinite(self.model, *self._inputs[micro])
@@ -172,8 +175,8 @@ class Window:
 
     def _explain(self, layer: str | None) -> str:
         """What a pass that was run again has shown, in words that go on after "the loss is nan"."""
-        if layer == "(input)":
-            return ": so is the input"
+        if layer in ABOUT_DATA:
+            return ABOUT_DATA[layer]
         if not layer:
             return "" if layer is None else ", though every output of the model is finite"
         module = dict(self.model.named_modules()).get(layer, self.model)
