@@ -632,25 +632,9 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     Raises ModelError when there is nothing to train, PlanError, FormatError or UnsupportedError for the plan.
     """
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer) if _is_many(optimizer) else ()
-    if not isinstance(model, nn.Module) or not all(isinstance(o, Optimizer) for o in optimizers) or not optimizers:
-        raise ModelError(
-            f"prepare takes a module and an optimizer, or several; got {type(model).__name__} and {type(optimizer).__name__}"
-        )
-    if any(isinstance(hook, Noting) and hook.window for hook in model._forward_pre_hooks.values()):
-        raise ModelError("the model is prepared already; go on with its stepper, or call restore() on that first")
-    trainable = {p for p in model.parameters() if p.requires_grad}
-    if not trainable:
-        raise ModelError(f"{type(model).__name__} has no trainable parameters; set requires_grad on some of them")
-    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    if not trainable & set(held):
-        raise ModelError(
-            f"the optimizer holds none of the {len(trainable)} trainable parameters of {type(model).__name__}; "
-            "make it from model.parameters()"
-        )
+    _require_trainable(model, optimizers, optimizer)
     if not isinstance(accumulate, int) or accumulate < 1 or (clip is not None and not clip > 0):
         raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
-    if len(set(held)) < len(held):
-        raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
     if release and (accumulate > 1 or clip is not None or any(type(o) not in PARAMETERWISE for o in optimizers)):
         raise ModelError(
             "release=True needs accumulate=1, no clip, and optimizers that treat parameters one by one "
@@ -683,6 +667,27 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         stepper.restore()
         raise
     return stepper
+
+
+def _require_trainable(model: nn.Module, optimizers: tuple[Optimizer, ...], given: object) -> None:
+    """Raises ModelError unless the optimizers move some of the model's parameters, each by one of them."""
+    if not isinstance(model, nn.Module) or not all(isinstance(o, Optimizer) for o in optimizers) or not optimizers:
+        raise ModelError(
+            f"prepare takes a module and an optimizer, or several; got {type(model).__name__} and {type(given).__name__}"
+        )
+    if any(isinstance(hook, Noting) and hook.window for hook in model._forward_pre_hooks.values()):
+        raise ModelError("the model is prepared already; go on with its stepper, or call restore() on that first")
+    trainable = {p for p in model.parameters() if p.requires_grad}
+    if not trainable:
+        raise ModelError(f"{type(model).__name__} has no trainable parameters; set requires_grad on some of them")
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    if not trainable & set(held):
+        raise ModelError(
+            f"the optimizer holds none of the {len(trainable)} trainable parameters of {type(model).__name__}; "
+            "make it from model.parameters()"
+        )
+    if len(set(held)) < len(held):
+        raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
 
 
 def _is_many(optimizer: object) -> bool:
