@@ -12,7 +12,21 @@ from hypothesis import strategies as st
 
 from halfstep.errors import FormatError, PlanError
 from halfstep.numerics.formats import FORMATS
-from halfstep.plan import ALIASES, CASTS, KINDS, LOSS_SCALES, MASTERS, PRESETS, RECOVERIES, STATES, Plan, Rule, Settings
+from halfstep.plan import (
+    ALIASES,
+    CASTS,
+    KINDS,
+    LOSS_SCALES,
+    MASTERS,
+    POSITIONS,
+    PRESETS,
+    RECOVERIES,
+    SCALINGS,
+    STATES,
+    Plan,
+    Rule,
+    Settings,
+)
 
 MODEL = {
     "": "",
@@ -39,11 +53,17 @@ RULES = st.builds(
     Rule,
     path=PATHS,
     kind=maybe(*KINDS),
+    position=maybe(*POSITIONS),
     compute=maybe(*FORMATS),
+    grad=maybe(*FORMATS),
+    grad_input=maybe(*FORMATS),
+    grad_weight=maybe(*FORMATS),
+    scaling=maybe(*SCALINGS),
     output=maybe(*FORMATS),
     storage=maybe(*FORMATS),
     master=maybe(*MASTERS),
     cast=maybe(*CASTS),
+    saved=maybe(*FORMATS),
     why=ODD,
 )
 PLANS = st.builds(
@@ -58,8 +78,9 @@ PLANS = st.builds(
 FULL = Plan(
     rules=(
         Rule(
-            path="blocks.*.mlp", kind="linear", compute="bf16", output="fp16", storage="bf16", master="split",
-            cast="unit", why="it's \"timed\" # 2 = fast \\ é",
+            path="blocks.*.mlp", kind="linear", position="last", compute="fp8_e4m3", grad="fp8_e5m2", grad_input="int8",
+            grad_weight="bf16", scaling="row", output="fp16", storage="bf16", master="split", cast="unit", saved="int8",
+            why="it's \"timed\" # 2 = fast \\ é",
         ),
         Rule(path="", output="fp32"),
         Rule(kind="norm", compute="fp32"),
@@ -168,8 +189,8 @@ def test_alias_is_the_preset(alias: str, name: str) -> None:
     assert Plan.preset(alias) == PRESETS[name]
 
 
-def test_presets_are_those_of_lightning_fabric() -> None:
-    assert set(PRESETS) == {"32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"}
+def test_presets_are_those_of_lightning_fabric_and_two_in_8_bits() -> None:
+    assert set(PRESETS) == {"32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "fp8-mixed", "int8-mixed"}
     assert {name for name, plan in PRESETS.items() if plan.loss_scale == "dynamic"} == {"16-mixed"}
 
 
@@ -259,7 +280,10 @@ def test_first_rule_that_states_a_setting_decides_it() -> None:
 
 def test_what_no_rule_states_is_fp32_and_uncast() -> None:
     assert Plan().resolve(MODEL).table == dict.fromkeys(MODEL, Settings())
-    assert Settings() == Settings(compute="fp32", output="", storage="fp32", master="none", cast="op", why="")
+    assert Settings() == Settings(
+        compute="fp32", grad="", grad_input="", grad_weight="", scaling="tensor", output="", storage="fp32",
+        master="none", cast="op", saved="", why="",
+    )  # fmt: skip
 
 
 def test_rule_is_stated_with_the_formats_own_names() -> None:
@@ -439,3 +463,36 @@ def test_file_may_hold_only_a_presets_name(tmp_path: Path) -> None:
     path = tmp_path / "plan.txt"
     path.write_text("bf16-true\n", encoding="utf-8")
     assert Plan.load(path) == PRESETS["bf16-true"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "first", "last"),
+    [
+        (MODEL, "embed", "head"),
+        ({"": "", "norm": "norm", "fc": "linear"}, "fc", "fc"),
+        ({"": "", "a": "attention", "a.out": "linear", "b": "attention", "b.out": "linear"}, "a", "b"),
+        ({"": "linear"}, "", ""),
+        ({"": "", "ab": "linear", "abc": "linear"}, "ab", "abc"),
+        ({"": "", "norm": "norm"}, None, None),
+    ],
+)
+def test_position_finds_the_ends_of_a_model(modules: dict[str, str], first: str | None, last: str | None) -> None:
+    rules = (Rule(position="first", compute="bf16"), Rule(position="last", storage="bf16"))
+    resolution = Plan(rules=rules).resolve(modules)
+    assert [path for path, s in resolution.table.items() if s.compute == "bf16"] == [p for p in modules if p == first]
+    assert [path for path, s in resolution.table.items() if s.storage == "bf16"] == [p for p in modules if p == last]
+    assert resolution.dead == ()
+
+
+def test_a_path_that_is_not_at_the_end_it_names_is_dead() -> None:
+    rule = Rule(path="embed", position="last", compute="bf16")
+    assert Plan(rules=(rule,)).resolve(MODEL).dead == (rule,)
+
+
+def test_8_bit_presets_keep_the_ends_in_16_bits_and_say_why() -> None:
+    for name in ("fp8-mixed", "int8-mixed"):
+        table = Plan.preset(name).resolve(MODEL).table
+        assert table["blocks.0.mlp.up"].compute in ("fp8_e4m3", "int8")
+        for end in ("embed", "head"):
+            assert table[end].compute == "bf16"
+            assert table[end].why

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfstep.control.search import NOISE, LayerCost, choose_formats
+from halfstep.control.search import NOISE, LayerCost, choose_formats, repair_plan
 from halfstep.plan import Plan, Settings
+from halfstep.records import HarmRecord
 
 MILLISECONDS = st.floats(0.001, 1000.0)
 
@@ -142,3 +143,37 @@ def test_no_layer_gets_a_format_slower_than_fp32(costs: list[LayerCost]) -> None
     assert plan.resolve({cost.path: "linear" for cost in costs}).dead == ()
     assert Plan.parse(str(plan)) == plan
     assert plan == choose_formats(costs)
+
+
+def harm_of(path: str, error: float, compute: str = "fp8_e4m3") -> HarmRecord:
+    return HarmRecord(path=path, compute=compute, error=error, noise=1.0)
+
+
+def test_repair_takes_the_worst_layers_until_the_rest_is_small_beside_the_noise() -> None:
+    plan = Plan.preset("fp8-mixed")
+    repaired = repair_plan(plan, [harm_of("a", 0.02), harm_of("b", 0.5), harm_of("c", 0.06), harm_of("d", 0.03)])
+    assert [rule.path for rule in repaired.rules[:2]] == ["b", "c"]
+    assert repaired.rules[2:] == plan.rules
+    assert "0.5 of itself" in repaired.rules[0].why
+    settings = settings_of(repaired, z="linear", b="linear", a="linear", y="linear")
+    assert (settings["b"].compute, settings["b"].grad, settings["b"].grad_weight) == ("bf16",) * 3
+    assert settings["a"].compute == "fp8_e4m3"
+
+
+def test_repair_leaves_a_plan_that_does_little_harm() -> None:
+    plan = Plan.preset("fp8-mixed")
+    assert repair_plan(plan, [harm_of("a", 0.02), harm_of("b", 0.07)]) is plan
+    assert repair_plan(plan, []) is plan
+
+
+@pytest.mark.parametrize("error", [float("inf"), float("nan")])
+def test_repair_takes_a_layer_whose_gradient_is_not_finite(error: float) -> None:
+    repaired = repair_plan(Plan.preset("16-mixed"), [harm_of("a", 0.0, "fp16"), harm_of("b", error, "fp16")])
+    assert [(rule.path, rule.compute) for rule in repaired.rules[:-1]] == [("b", "fp32")]
+
+
+@given(st.lists(st.floats(0, 10), max_size=6), st.floats(0, 1))
+def test_what_repair_leaves_narrow_is_always_within_the_share(errors: list[float], share: float) -> None:
+    harms = [harm_of(f"layer{i}", error) for i, error in enumerate(errors)]
+    taken = {rule.path for rule in repair_plan(Plan(), harms, share=share).rules}
+    assert sum(harm.error for harm in harms if harm.path not in taken) <= share

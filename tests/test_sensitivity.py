@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from halfstep.control import sensitivity
 from halfstep.control.monitor import observe_shapes
-from halfstep.control.sensitivity import choose_plan, halve_batch, leave_no_trace, measure_costs, run_once
+from halfstep.control.sensitivity import (
+    choose_plan,
+    halve_batch,
+    leave_no_trace,
+    measure_costs,
+    measure_harm,
+    run_once,
+)
 from halfstep.conversion import convert
 from halfstep.machine.hardware import Stopwatch
 from halfstep.plan import Plan
@@ -296,3 +303,42 @@ def test_model_on_which_bf16_is_really_timed_gets_a_plan_that_can_be_honoured() 
     assert choice.why
     with convert(model, choice.plan) as conversion, conversion.autocast():
         run_once(model, (torch.randn(4, 3, 8, 8),), {})
+
+
+def test_harm_names_the_layer_whose_gradient_underflows_and_leaves_no_trace() -> None:
+    """Behind layer 2 gradients are below fp16's smallest number, so it learns nothing in fp16 without a loss scale."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    before = copy_weights(model)
+    batches = torch.randn(2, 8, 6)
+
+    def run(number: int) -> None:
+        (model(batches[number]).square().mean() * 1e-9).backward()
+
+    plan = Plan.parse("path=0 compute=bf16\npath=1 compute=fp32\ncompute=fp16 cast=unit")
+    random_state = torch.get_rng_state()
+    (harm,) = measure_harm(model, plan, run)
+    assert (harm.path, harm.compute) == ("2", "fp16")
+    assert harm.error == 1.0
+    assert harm.sqnr_db == 0.0
+    assert_same(copy_weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_harm_is_the_rounding_error_of_the_format_and_noise_that_between_batches() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    batches = torch.randn(2, 64, 32)
+
+    def run(number: int) -> None:
+        model(batches[number]).square().mean().backward()
+
+    plan = Plan.parse("path=1 compute=fp16 cast=unit\ncompute=fp32")
+    (harm,) = measure_harm(model, plan, run)
+    assert 2.0**-11 / 30 < harm.error**0.5 < 3 * 2.0**-11  # fp16 rounds by at most 2^-11 of a number
+    gradients = []
+    for number in (0, 1):
+        run(number)
+        gradients.append(torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    expected = (gradients[0] - gradients[1]).square().sum() / 2 / gradients[0].square().sum()
+    assert harm.noise == pytest.approx(expected.item(), rel=1e-6)

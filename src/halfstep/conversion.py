@@ -251,11 +251,18 @@ def _require_scalable(path: str, module: nn.Module, settings: Settings) -> None:
 
 def _require_possible(path: str, settings: Settings) -> None:
     where = f"module '{path}'" if path else "the model"
-    for slot in ("compute", "storage", "output"):
+    for slot in ("compute", "storage", "output", "saved"):
         format = getattr(settings, slot)
-        if format and format not in DTYPES:
+        if format and (format not in DTYPES or slot == "saved"):
             raise UnsupportedError(
                 f"{where}: {slot}={format} cannot be honoured; this version trains in {', '.join(DTYPES)}"
+            )
+    for slot in ("grad", "grad_input", "grad_weight"):
+        format = getattr(settings, slot)
+        if format not in ("", settings.compute):
+            raise UnsupportedError(
+                f"{where}: {slot}={format} with compute={settings.compute}; this version computes all three products in "
+                "one format"
             )
     if settings.storage != "fp32" and settings.storage != settings.compute:
         raise UnsupportedError(

@@ -2,19 +2,27 @@
 
 A plan is an ordered list of rules. A rule has keys (which modules it is for) and settings (what they get):
 
-    keys       path     dotted module path: a glob (`*` within one name, `**` across names) or `re:` and a regex
-               kind     linear | conv | embedding | norm | attention | recurrent
-    settings   compute  format of the module's inputs and products
-               output   format of what it returns; left out: as computed
-               storage  format its live weights are kept in
-               master   how the fp32 truth behind 16-bit weights is kept: fp32 | split | kahan | split24 |
-                        stochastic | none
-               cast     where activations are converted: `op` (every operation under the module, as torch.autocast
-                        does it) or `unit` (only around the module itself)
+    keys       path         dotted module path: a glob (`*` within one name, `**` across names) or `re:` and a regex
+               kind         linear | conv | embedding | norm | attention | recurrent
+               position     first | last: of the modules that multiply weights (all kinds but norm), in the order in
+                            which the model defines them; what lies inside one of them does not count
+    settings   compute      format of the module's inputs and weights in its products
+               grad         format of the gradient that enters its backward products; left out: as `compute`
+               grad_input   format of both operands of the product that gives the gradient of the input, and
+               grad_weight  of the one that gives the gradient of the weight; left out: as `compute` and `grad`
+               scaling      which numbers of an 8-bit operand share a scale: tensor | delayed | row | 1x128 | 128x128;
+                            left out: tensor; block formats bring their own
+               output       format of what it returns; left out: as computed
+               storage      format its live weights are kept in
+               master       how the fp32 truth behind 16-bit weights is kept: fp32 | split | kahan | split24 |
+                            stochastic | none
+               cast         where activations are converted: `op` (every operation under the module, as torch.autocast
+                            does it) or `unit` (only around the module itself)
+               saved        format in which activations wait for the backward pass; left out: as they are
 
 For each setting of a module, the first rule that matches the module and states the setting decides; what no rule
 states is fp32, uncast. A rule that names a path and matches nothing is an error, because it is nearly always a typo.
-A rule that names only a kind may match nothing: "all embeddings" is a policy, also for a model without any.
+A rule that names only a kind or a position may match nothing: "all embeddings" is a policy, also for a model without any.
 
 Formats are named by string, so the file can be read without torch. A plan has three written forms, all of which
 round-trip: text (`str(plan)`, one rule a line), TOML and JSON.
@@ -25,7 +33,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +46,9 @@ from halfstep.numerics.formats import find_format
 SCHEMA = 1
 KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
 MASTERS = ("fp32", "split", "kahan", "split24", "stochastic", "none")
+POSITIONS = ("first", "last")
 CASTS = ("op", "unit")
+SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
 HEAD = ("name", "loss_scale", "states", "recovery")  # keys of the plan itself
 STATES = ("fp32", "8-bit")
@@ -50,10 +60,15 @@ class Settings:
     """What one module gets. The defaults are plain fp32 training."""
 
     compute: str = "fp32"
+    grad: str = ""  # "" means as compute
+    grad_input: str = ""  # "" means as compute and grad
+    grad_weight: str = ""
+    scaling: str = "tensor"
     output: str = ""  # "" means as computed
     storage: str = "fp32"
     master: str = "none"
     cast: str = "op"
+    saved: str = ""  # "" means as they are
     why: str = ""
 
 
@@ -65,24 +80,32 @@ class Rule:
         >>> Rule(path="head", compute="float32").compute
         'fp32'
 
-    Raises PlanError or FormatError, naming the nearest word, for an unknown kind, format, master or cast.
+    Raises PlanError or FormatError, naming the nearest word, for an unknown kind, position, format, scaling, master or
+    cast.
     """
 
     path: str = "**"
     kind: str | None = None
+    position: str | None = None
     compute: str | None = None
+    grad: str | None = None
+    grad_input: str | None = None
+    grad_weight: str | None = None
+    scaling: str | None = None
     output: str | None = None
     storage: str | None = None
     master: str | None = None
     cast: str | None = None
+    saved: str | None = None
     why: str = ""
 
     def __post_init__(self) -> None:
-        for slot in ("compute", "output", "storage"):
+        for slot in ("compute", "grad", "grad_input", "grad_weight", "output", "storage", "saved"):
             name = getattr(self, slot)
             if name is not None:
                 object.__setattr__(self, slot, find_format(name).name)
-        for slot, allowed in (("kind", KINDS), ("master", MASTERS), ("cast", CASTS)):
+        words = {"kind": KINDS, "position": POSITIONS, "scaling": SCALINGS, "master": MASTERS, "cast": CASTS}
+        for slot, allowed in words.items():
             word = getattr(self, slot)
             if word is not None and word not in allowed:
                 raise PlanError(describe_unknown(slot, word, allowed))
@@ -92,9 +115,14 @@ class Rule:
     def names_a_path(self) -> bool:
         return self.path != "**"
 
-    def matches(self, path: str, kind: str) -> bool:
-        """Whether the rule is for the module at `path` of that kind ("" where it is none of KINDS)."""
-        return self.kind in (None, kind) and _compile(self.path).fullmatch(path) is not None
+    def matches(self, path: str, kind: str, positions: Collection[str] = ()) -> bool:
+        """Whether the rule is for the module at `path` of that kind ("" where it is none of KINDS).
+
+        positions: which of POSITIONS the module has in its model; one that is alone has both.
+        """
+        if self.kind not in (None, kind) or (self.position is not None and self.position not in positions):
+            return False
+        return _compile(self.path).fullmatch(path) is not None
 
     def __str__(self) -> str:
         """One line: the keys and settings that are stated, as `key=value`."""
@@ -257,20 +285,36 @@ class Plan:
             >>> Plan(rules=(Rule(path="*.head", compute="bf16"),)).resolve({"a.head": "linear"}).table["a.head"].compute
             'bf16'
         """
-        table = {path: self._settings_for(path, kind) for path, kind in modules.items()}
-        alive = {rule for rule in self.rules for path, kind in modules.items() if rule.matches(path, kind)}
+        ends = _find_ends(modules)
+        places = {path: [word for word, end in zip(POSITIONS, ends, strict=True) if end == path] for path in modules}
+        matching = {
+            path: [rule for rule in self.rules if rule.matches(path, kind, places[path])]
+            for path, kind in modules.items()
+        }
+        table = {path: _merge(rules) for path, rules in matching.items()}
+        alive = {rule for rules in matching.values() for rule in rules}
         dead = tuple(rule for rule in self.rules if rule.names_a_path and rule not in alive)
         return Resolution(table=table, dead=dead)
 
-    def _settings_for(self, path: str, kind: str) -> Settings:
-        settings: dict[str, str] = {}
-        for rule in self.rules:
-            if rule.matches(path, kind):
-                for slot in fields(Settings):
-                    value = getattr(rule, slot.name)
-                    if value not in (None, ""):
-                        settings.setdefault(slot.name, value)
-        return replace(Settings(), **settings)
+
+def _find_ends(modules: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Paths of the first and the last module that multiplies weights; what lies inside such a module is a part of it."""
+    outermost: list[str] = []
+    for path, kind in modules.items():
+        if kind not in ("", "norm") and not (outermost and path.startswith(f"{outermost[-1]}.")):
+            outermost.append(path)
+    return (outermost[0], outermost[-1]) if outermost else (None, None)
+
+
+def _merge(rules: Iterable[Rule]) -> Settings:
+    """What rules that match one module give it: for each setting the first that states it decides."""
+    settings: dict[str, str] = {}
+    for rule in rules:
+        for slot in fields(Settings):
+            value = getattr(rule, slot.name)
+            if value not in (None, ""):
+                settings.setdefault(slot.name, value)
+    return replace(Settings(), **settings)
 
 
 def _split_lines(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -332,11 +376,31 @@ def _true(storage: str, **plan: str) -> Plan:
     )
 
 
+def _scaled(compute: str, grad: str, **settings: str) -> Plan:
+    """Products of linear and convolution layers in 8 bits, all else as in bf16-mixed.
+
+    The ends stay in 16 bits, as in every 8-bit recipe that is known to hold (DeepSeek-V3, arXiv 2412.19437, section
+    3.3.1; torchao's and Transformer Engine's): they hold few of the multiplications and most of the harm.
+    """
+    products, ends = {"compute": compute, "grad": grad, **settings}, {"compute": "bf16", "grad": "bf16"}
+    return Plan(
+        rules=(
+            Rule(position="first", **ends, why="reads the data: its errors reach every other layer"),
+            Rule(position="last", **ends, why="gives the result: its errors reach the loss unaveraged"),
+            Rule(kind="linear", **products),
+            Rule(kind="conv", **products),
+            Rule(compute="bf16", storage="fp32", cast="op"),
+        ),
+    )
+
+
 PRESETS: dict[str, Plan] = {
     "32-true": Plan(rules=(Rule(compute="fp32", storage="fp32"),), name="32-true"),
     "bf16-mixed": _mixed("bf16", name="bf16-mixed"),
     "16-mixed": _mixed("fp16", name="16-mixed", loss_scale="dynamic"),
     "bf16-true": _true("bf16", name="bf16-true"),
     "16-true": _true("fp16", name="16-true"),
+    "fp8-mixed": replace(_scaled("fp8_e4m3", "fp8_e5m2", scaling="tensor"), name="fp8-mixed"),
+    "int8-mixed": replace(_scaled("int8", "int8", scaling="row", grad_weight="bf16"), name="int8-mixed"),
 }
 ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed"}

@@ -7,6 +7,7 @@ another schema, an unknown record or an unknown field raises RecordError with th
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -182,6 +183,26 @@ class LayerRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HarmRecord(Record):
+    """What one layer's formats do to the gradient of the whole model, all other layers being in fp32.
+
+    Examples:
+        >>> HarmRecord(path="fc", compute="fp8_e4m3", error=0.001, noise=0.5).sqnr_db
+        30.0
+    """
+
+    path: str
+    compute: str
+    error: float  # |g' - g|^2 / |g|^2, over the gradients of all parameters; g in fp32 on the same batch
+    noise: float  # the same between batches: half of |g1 - g2|^2, over |g|^2; what training lives with anyway
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise ratio of the gradient, in dB; infinite where nothing changed."""
+        return -10 * math.log10(self.error) if self.error else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanRecord(Record):
     """The plan in force from a step on, as text, with what it came to layer by layer."""
 
@@ -283,7 +304,7 @@ KINDS: dict[str, type[Record]] = {
     kind.__name__: kind
     for kind in (
         Measurement, Capability, HardwareProfile, StepOutcome, Stall, StepRecord, EvaluationRecord,
-        LayerRecord, PlanRecord, RunRecord, EndRecord, Point, ArmResult, ComparisonRecord,
+        LayerRecord, HarmRecord, PlanRecord, RunRecord, EndRecord, Point, ArmResult, ComparisonRecord,
     )
 }  # fmt: skip
 

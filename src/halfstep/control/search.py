@@ -4,10 +4,12 @@ A layer leaves fp32 only where 16 bits were timed to be faster with the casts co
 Everything between the layers follows the 16-bit format: where no layer leaves fp32, the plan is plain fp32.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfstep.plan import Plan, Rule
+from halfstep.records import HarmRecord
 
 NOISE = 1.05  # a gain must exceed this: medians of a few repetitions repeat to about 3 %
 
@@ -68,3 +70,27 @@ def _rule(cost: LayerCost, narrow: str, master: str) -> Rule:
     ms = cost.total(narrow)
     why = f"{shape}: {narrow} {ms:.3g} ms with casts, fp32 {fp32:.3g} ms: {fp32 / ms:.1f}x"
     return Rule(path=cost.path, compute=narrow, storage=narrow, master=_master(narrow, master), why=why)
+
+
+def repair_plan(plan: Plan, harms: Sequence[HarmRecord], *, share: float = 0.1) -> Plan:
+    """The plan with the most harmful layers in 16 bits (in fp32, where they are in 16 bits already).
+
+    Layers are taken in the order of their harm until the errors of the others, added up as those of independent
+    roundings, are at most `share` of the noise between batches: quantization that is small beside the noise of the
+    gradients themselves does not change how training goes (Chen et al. 2020, "A Statistical Framework for Low-bitwidth
+    Training", arXiv 2010.14298, section 3.2: it adds to the gradient's variance, and that is all). A layer whose error is
+    not finite is always taken. The result is the plan itself where nothing is to be repaired.
+
+    Examples:
+        >>> harms = [HarmRecord(path=p, compute="fp8_e4m3", error=e, noise=0.5) for p, e in (("a", 0.2), ("b", 0.01))]
+        >>> repair_plan(Plan.preset("fp8-mixed"), harms).rules[0].path
+        'a'
+    """
+    left = sorted(harms, key=lambda harm: harm.error if math.isfinite(harm.error) else math.inf, reverse=True)
+    rules = []
+    while left and not sum(harm.error for harm in left) <= share * left[0].noise:
+        worst = left.pop(0)
+        wide = "fp32" if worst.compute in ("bf16", "fp16") else "bf16"
+        why = f"in {worst.compute} it changes the gradient by {worst.error:.2g} of itself; batches do by {worst.noise:.2g}"
+        rules.append(Rule(path=worst.path, compute=wide, grad=wide, grad_input=wide, grad_weight=wide, why=why))
+    return replace(plan, rules=(*rules, *plan.rules)) if rules else plan

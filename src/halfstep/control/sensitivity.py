@@ -8,13 +8,16 @@
 
 The trial is there because a small model can lose by dispatch and elementwise casts what its layers gain. It leaves no
 trace: random states and buffers are put back, gradients dropped, weights untouched.
+
+`measure_harm` asks the other question, what a format does to a layer: the gradient of the whole model, with one layer at a
+time in its planned formats and all others in fp32, against the gradient in fp32.
 """
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -23,13 +26,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import LayerShape, observe_shapes
 from halfstep.control.search import NOISE, LayerCost, choose_formats
-from halfstep.conversion import convert
+from halfstep.conversion import convert, draft_conversion
 from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
 from halfstep.machine.runtime import release_memory
-from halfstep.plan import Plan, Rule
-from halfstep.records import Capability, HardwareProfile
+from halfstep.mechanisms.layers import find_kind
+from halfstep.plan import Plan, Rule, Settings
+from halfstep.records import Capability, HardwareProfile, HarmRecord
 
 CANDIDATES = ("bf16", "fp16")
+WIDE = ("fp32", "bf16")  # formats whose harm is not in question
 TRIALS = 5
 
 
@@ -140,6 +145,51 @@ def choose_plan(
         plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
+
+
+def measure_harm(model: nn.Module, plan: Plan, run: Callable[[int], None]) -> tuple[HarmRecord, ...]:
+    """What each layer's formats do to the gradient, one record for every layer that the plan computes in less than bf16.
+
+    run: forward and backward on the batch of a number, leaving the gradients at the parameters. It is called with 0, again
+        and again, and once with 1, each time from the same random state.
+
+    Costs a step in fp32 for every such layer and two more; leaves weights, gradients, buffers and random states as they
+    were.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> batches = torch.randn(2, 8, 4)
+        >>> plan = Plan(rules=(Rule(path="0", compute="fp16", cast="unit"), Rule(compute="fp32")))
+        >>> (harm,) = measure_harm(model, plan, lambda number: model(batches[number]).square().mean().backward())
+        >>> harm.path, harm.error < 1e-3 < harm.noise
+        ('0', True)
+    """
+    table = draft_conversion(model, plan).table
+    layers = [path for path, module in model.named_modules() if find_kind(module) and table[path].compute not in WIDE]
+
+    def differentiate(plan: Plan, number: int) -> list[Tensor]:
+        with leave_no_trace(model), convert(model, plan) as conversion, conversion.autocast():
+            run(number)
+            return [p.grad.to(torch.float64) for p in model.parameters() if p.grad is not None]
+
+    exact = Plan(rules=(Rule(compute="fp32"),))
+    reference = differentiate(exact, 0)
+    power = _add_squares(reference)
+    noise = _add_squares(differentiate(exact, 1), reference) / 2 / power
+    harms = []
+    for path in layers:
+        stated = {f.name: getattr(table[path], f.name) for f in fields(Settings) if getattr(table[path], f.name)}
+        alone = Rule(path=path, **(stated | {"storage": "fp32", "master": "none", "cast": "unit", "output": "fp32"}))
+        error = _add_squares(differentiate(Plan(rules=(alone, *exact.rules)), 0), reference) / power
+        harms.append(HarmRecord(path=path, compute=table[path].compute, error=error, noise=noise))
+    return tuple(harms)
+
+
+def _add_squares(gradients: Sequence[Tensor], others: Sequence[Tensor] | None = None) -> float:
+    """Sum of squares over all gradients, or over their differences to others."""
+    if others is not None:
+        gradients = [gradient - other for gradient, other in zip(gradients, others, strict=True)]
+    return sum((gradient.square().sum().item() for gradient in gradients), 0.0)
 
 
 def _is_fast_somewhere(capability: Capability | None) -> bool:
