@@ -162,7 +162,7 @@ def test_stopwatch_calls_at_least_five_times_and_a_slow_call_once(monkeypatch: p
 
 
 def test_quick_probe_judges_every_format_with_a_reason(profile: HardwareProfile) -> None:
-    assert [capability.format for capability in profile.capabilities] == list(FORMATS)
+    assert [capability.format for capability in profile.capabilities] == list(hardware.DTYPES)
     assert all(capability.why and "\n" not in capability.why for capability in profile.capabilities)
     fp32 = profile.find_capability("fp32")
     assert fp32 is not None

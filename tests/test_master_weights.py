@@ -16,7 +16,7 @@ from halfstep.errors import UnsupportedError
 from halfstep.mechanisms import master_weights
 from halfstep.mechanisms.master_weights import DENSE, PARAMETERWISE, WAYS, MasterWeights
 from halfstep.numerics.movement import ELEMENTWISE
-from halfstep.numerics.rounding import split_slowly
+from halfstep.numerics.words import split_slowly
 from halfstep.plan import Plan
 from halfstep.stepper import prepare
 from helpers import bits, copy_weights, make_mlp, seeded

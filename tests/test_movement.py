@@ -19,7 +19,7 @@ from halfstep.numerics.movement import (
     preview_update,
     sample_gradient,
 )
-from halfstep.numerics.rounding import round_to_24_bits
+from halfstep.numerics.words import round_to_24_bits
 from halfstep.records import Stall
 from helpers import bits
 

@@ -30,6 +30,8 @@ SPINE = [
     "control.search",
     "control.controller",
     "numerics.rounding",
+    "numerics.noise",
+    "numerics.words",
     "numerics.movement",
     "machine.hardware",
     "machine.runtime",

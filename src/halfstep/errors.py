@@ -1,7 +1,7 @@
 """What can go wrong, as a tree. Every message says what was given, what is allowed, and what to do.
 
     HalfstepError
-    ├── FormatError         a number format that does not exist
+    ├── FormatError         a number format that does not exist, or cannot be rounded to as asked
     ├── PlanError           a plan that cannot be read, or whose rules do not fit the model
     ├── UnsupportedError    a plan that is well formed and cannot be honoured here
     ├── RecipeError         a recipe with an unknown key or a value of the wrong kind
@@ -31,7 +31,7 @@ class HalfstepError(Exception):
 
 
 class FormatError(HalfstepError, ValueError):
-    """A number format that does not exist."""
+    """A number format that does not exist, or that cannot be rounded to as asked."""
 
 
 class PlanError(HalfstepError, ValueError):

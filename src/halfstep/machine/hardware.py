@@ -327,7 +327,7 @@ def _time_dispatch(watch: Stopwatch) -> Measurement:
 
 
 def probe_hardware(device: str = "cpu", *, quick: bool = False) -> HardwareProfile:
-    """Time this machine and judge every format.
+    """Time this machine and judge every format that a product may be in.
 
     Takes about 20 seconds on two cores, 3 with `quick` (fewer shapes, no convolutions, no memory).
 
@@ -373,7 +373,7 @@ def probe_hardware(device: str = "cpu", *, quick: bool = False) -> HardwareProfi
         threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         load=load,
-        capabilities=tuple(judge_format(f, measured, units, failures.get(f, "")) for f in FORMATS),
+        capabilities=tuple(judge_format(f, measured, units, failures.get(f, "")) for f in DTYPES),
         measurements=tuple(measured),
     )
 

@@ -16,7 +16,7 @@ Five ways to keep the truth, each of them a way to read an fp32 word and to writ
     split24      8 of the 16 bits that bf16 lacks             2 + 1                   16
     stochastic   nothing; updates are rounded stochastically  2                       8, and 24 in the mean
 
-`numerics.rounding` defines them to the bit. What is read and written back without an update in between is the same pair
+`numerics.words` defines them to the bit. What is read and written back without an update in between is the same pair
 again, so a state dict of fp32 values restores every one of them bit for bit. All but `fp32` need bf16: fp16 is not a prefix
 of fp32, and its range ends where a compensation 2^11 times smaller than its weight begins.
 
@@ -41,12 +41,10 @@ from torch.optim import Optimizer
 
 from halfstep.errors import UnsupportedError
 from halfstep.numerics.movement import ELEMENTWISE, Watch
-from halfstep.numerics.rounding import (
+from halfstep.numerics.noise import derive_keys, draw_noise, draw_noise_at
+from halfstep.numerics.words import (
     apply_compensation,
     compensate,
-    derive_keys,
-    draw_noise,
-    draw_noise_at,
     join,
     join24,
     round_stochastically,

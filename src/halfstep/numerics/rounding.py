@@ -1,268 +1,217 @@
-"""fp32 words in fewer bits: how they are rounded, and what is kept of what rounding leaves over.
+"""Rounding: the number of a format that stands for a given one.
 
-A bf16 number is the upper half of an fp32 word, so all of this is integer arithmetic on 32-bit words; a carry runs from
-the mantissa into the exponent by itself, and from the largest finite number into infinity.
+Between two powers of two a format's numbers are equally far apart, one `quantum`; below its smallest normal number the
+distance stays what it is there. So rounding is: divide by the quantum, round to a whole number, multiply again. Both the
+division and the product are exact, because a quantum is a power of two.
 
-`split`: the nearest bf16, and the rest as a signed 16-bit number. Every fp32 word comes back, bit for bit.
+    quantum = 2^(max(floor(log2 |x|), lowest exponent) - mantissa bits)        of an integer format: 1
 
-    live      = (word + 0x8000) >> 16        modulo 2^32; a tie goes away from zero
-    remainder = word - (live << 16)          within 16 signed bits
-    word      = (live << 16) + remainder
+    nearest_even   the nearest number; of two at the same distance, the even multiple of the quantum
+    toward_zero    the nearest that is not larger in size
+    up, down       the nearest that is not smaller, not larger
+    stochastic     away from zero with the probability rest / quantum, else toward zero: in the mean, x itself. A draw has
+                   16 bits, so the probability is rounded to a multiple of 2^-16, and less than 2^-17 of a quantum vanishes.
 
-A tie has to go away from zero and not to even: rounded to even, half of the ties would leave a remainder of +0x8000, one
-more than 16 signed bits hold. Nothing is lost in `remainder`, so this adds up to no bias.
+Beyond the largest number, and at the infinities (OCP FP8 1.0, section 5.2.1):
 
-`split24`: the word is first rounded to its upper 24 bits (16 significant ones), then taken apart in the same way.
+    saturating     the largest number of that sign
+    not            infinity where the format has one, else NaN, from halfway to where the next number would be. Away from
+                   the infinities, a mode that rounds toward zero stops at the largest (IEEE 754-2019, section 7.4).
+    stochastic     beyond the largest number as nearest_even: there is nothing above to choose
 
-    word24    = (word + 0x7F + (bit 8 of word)) >> 8      the nearest; a tie goes to even
-    live      = (word24 + 0x80) >> 8
-    remainder = word24 - (live << 8)         within 8 signed bits
+NaN stays NaN, also where the format has no code for it: what is broken has to stay visible. Negative zero, and what is
+rounded to it, is zero where the format has no negative zero. A format of powers of two (e8m0) gives its smallest for zero
+and all that is smaller, NaN for negative numbers, and takes two multiples of the quantum for even and one for odd, so a tie
+goes up: as torch and ml_dtypes convert, but for zero, which ml_dtypes makes NaN.
 
-Here a tie goes to even, because this rounding does lose something, at every update, and a low byte of exactly 0x80 is not
-rare: away from zero, weights would grow by 2^-24 of themselves a step. NaN becomes the quiet NaN 0x7FC00000: a carry would
-turn others into infinity or zero. Infinities, signed zeros and subnormals follow the rule above.
-
-Kahan: live = bf16(weight), compensation = bf16(live - weight), weight = live - compensation in fp32: 17 significant bits at
-least, more where the compensation is small. It is subtracted, as in Kahan's summation, so that a negative zero stays one.
-Where the compensation rounds up to half a unit of `live`, the difference is a tie that would round to another pair next
-time; the pair kept is the one of the difference, so that reading and writing back changes nothing. Finite weights from
-3.396e38 on, whose nearest bf16 is infinity, become infinity, with compensation 0. Absolute precision ends at 2^-134, half
-the smallest bf16.
-
-Stochastic: bf16(weight) away from zero with the probability of its low half / 2^16, else toward zero, so that the mean is
-the weight. Weights beyond the largest bf16, infinities and NaN are rounded to nearest: there is nothing above to choose.
-
-The noise is a hash of (seed, parameter number, step, element), not a stream: it is the same on every replica, device and
-after a resume, in whatever pieces it is drawn. (seed, number, step) go through splitmix64 into two 32-bit keys, and
-
-    x = element // 2 + key 1;  x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x += key 2;  x *= 0x846CA68B;  x ^= x >> 16
-
-is a bijection of 32-bit counters whose two halves serve two elements. That is good enough for rounding, which needs each
-draw to be uniform and draws of neighbouring elements, steps and parameters to be uncorrelated; it is no cipher.
-
-Sources: Kalamkar et al. 2019 (arXiv 1905.12322), split SGD; Zamirai et al. 2020 (arXiv 2010.06192), Kahan summation and
-stochastic rounding of bf16 weights; Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", splitmix64;
-C. Wellons, "Prospecting for hash functions" (2018), the multipliers and shifts of the 32-bit hash ("lowbias32").
+A number is rounded once: fp64 does not pass through fp32. The result has x's dtype; where that lacks a number of the format
+(65504 of fp16 in bf16) it is what conversion makes of it.
 """
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from halfstep.numerics.formats import BF16
+from halfstep.errors import FormatError, describe_unknown
+from halfstep.numerics.formats import Format, find_format
 
-HALF_ULP = 0x8000  # of bf16, in an fp32 word
-QUIET_NAN = 0x7FC00000
-_WORD, _HALF = 0xFFFFFFFF, 0xFFFF
+MODES = ("nearest_even", "toward_zero", "up", "down", "stochastic")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NATIVE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Formats that torch converts to by one rounding to nearest, ties to even, without saturation."""
 
-
-def _as_unsigned(weight: Tensor) -> Tensor:
-    return weight.view(torch.int32).to(torch.int64) & _WORD
-
-
-def _as_signed(unsigned: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    return torch.where(unsigned >= 1 << (bits - 1), unsigned - (1 << bits), unsigned).to(dtype)
+BLOCK = 1 << 17  # numbers that are rounded at once by a thread: their buffers fit into its cache
+WORDS = {torch.float32: (torch.int32, 8, 23), torch.float64: (torch.int64, 11, 52)}  # integers; exponent, mantissa bits
 
 
-def split_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 tensor -> (bf16, int16 remainder), as the head of this module defines it: the readable truth.
-
-    Examples:
-        >>> live, remainder = split_slowly(torch.tensor([1.00390625]))      # halfway between two bf16 numbers
-        >>> live.item(), remainder.item()
-        (1.0078125, -32768)
-    """
-    word = _as_unsigned(weight)
-    live = ((word + HALF_ULP) >> 16) & _HALF
-    remainder = (word - (live << 16)) & _HALF
-    return _as_signed(live, 16, torch.int16).view(torch.bfloat16), _as_signed(remainder, 16, torch.int16)
-
-
-def join_slowly(live: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 tensor that `split_slowly` took apart."""
-    word = ((live.view(torch.int16).to(torch.int64) << 16) + remainder.to(torch.int64)) & _WORD
-    return _as_signed(word, 32, torch.int32).view(torch.float32)
-
-
-def split(weight: Tensor, live: Tensor, remainder: Tensor) -> None:
-    """`split_slowly` into given tensors, by vectorised passes; `weight` is used up."""
-    word = weight.view(torch.int32)
-    remainder.copy_(word)  # conversion to a narrower integer keeps the low 16 bits, which are the remainder
-    live.view(torch.int16).copy_(word.add_(HALF_ULP).bitwise_right_shift_(16))
-
-
-def join(live: Tensor, remainder: Tensor) -> Tensor:
-    """`join_slowly` by vectorised passes."""
-    weight = live.to(torch.float32)  # the same as a shift by 16, and faster
-    weight.view(torch.int32).add_(remainder)
-    return weight
-
-
-def round_to_24_bits(weight: Tensor) -> Tensor:
-    """fp32 -> the nearest fp32 whose low 8 bits are zero, ties to even; NaN becomes the quiet one: the readable truth.
+def round_to_slowly(
+    x: Tensor,
+    format: str | Format,
+    *,
+    mode: str = "nearest_even",
+    saturate: bool | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """`round_to`, as the head of this module defines it, in fp64: the readable truth.
 
     Examples:
-        >>> tie = torch.tensor([0x3F800080, 0x3F800180], dtype=torch.int32).view(torch.float32)
-        >>> [hex(word) for word in round_to_24_bits(tie).view(torch.int32).tolist()]
-        ['0x3f800000', '0x3f800200']
+        >>> round_to_slowly(torch.tensor([17.0, 19.0, 1000.0, 0.001]), "fp8_e4m3").tolist()
+        [16.0, 20.0, 448.0, 0.001953125]
     """
-    word = _as_unsigned(weight)
-    upper, rest = word >> 8, word & 0xFF
-    up = (rest > 0x80) | ((rest == 0x80) & (upper & 1 == 1))
-    rounded = torch.where(weight.isnan(), QUIET_NAN, (upper + up.to(torch.int64)) << 8)
-    return _as_signed(rounded, 32, torch.int32).view(torch.float32)
+    target, saturates = _require_possible(x, format, mode, saturate, noise)
+    exact = x.detach().to(torch.float64)
+    size = exact.abs()
+    if target.kind == "integer":
+        quantum = torch.ones_like(size)
+    else:
+        fraction, _ = torch.frexp(size)  # in [1/2, 1)
+        power = torch.fmax(size / (2 * fraction), size.new_tensor(target.smallest_normal))
+        quantum = power * 2.0**-target.mantissa_bits
+    steps = size / quantum
+    whole = steps.floor()
+    rest = steps - whole
+    nearest = (rest > 0.5) | (rest == 0.5) & (whole % 2 == 1)
+    match mode:
+        case "nearest_even":
+            away = nearest
+        case "toward_zero":
+            away = torch.zeros_like(nearest)
+        case "up":
+            away = (rest > 0) & (exact > 0)
+        case "down":
+            away = (rest > 0) & (exact < 0)
+        case _:
+            assert noise is not None  # noqa: S101 - checked above
+            within = (target.min <= exact) & (exact <= target.max)
+            away = torch.where(within, rest >= (2**15 - 0.5 - noise.to(torch.float64)) / 2**16, nearest)
+    rounded = torch.where(exact.isinf(), exact, torch.copysign((whole + away) * quantum, exact))
+    return _bound(rounded, exact, target, mode, saturates).to(x.dtype)
 
 
-def split24_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 tensor -> (bf16, int8 remainder): the upper 24 bits of `round_to_24_bits`, taken apart."""
-    word24 = _as_unsigned(round_to_24_bits(weight)) >> 8
-    live = ((word24 + 0x80) >> 8) & _HALF
-    remainder = (word24 - (live << 8)) & 0xFF
-    return _as_signed(live, 16, torch.int16).view(torch.bfloat16), _as_signed(remainder, 8, torch.int8)
+def round_to(
+    x: Tensor,
+    format: str | Format,
+    *,
+    mode: str = "nearest_even",
+    saturate: bool | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Every number of `x` rounded to a number of `format`; the head of this module says to which.
 
-
-def join24_slowly(live: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 tensor that `split24_slowly` took apart, rounded to 24 bits."""
-    word = ((live.view(torch.int16).to(torch.int64) << 16) + (remainder.to(torch.int64) << 8)) & _WORD
-    return _as_signed(word, 32, torch.int32).view(torch.float32)
-
-
-def split24(weight: Tensor, live: Tensor, remainder: Tensor) -> None:
-    """`split24_slowly` into given tensors, by vectorised passes; `weight` is used up."""
-    word = weight.nan_to_num_(math.nan, math.inf, -math.inf).view(torch.int32)
-    odd = word.bitwise_right_shift(8).bitwise_and_(1)
-    word.add_(odd).add_(0x7F).bitwise_right_shift_(8)
-    remainder.copy_(word)  # keeps the low 8 bits
-    live.view(torch.int16).copy_(word.add_(0x80).bitwise_right_shift_(8))
-
-
-def join24(live: Tensor, remainder: Tensor) -> Tensor:
-    """`join24_slowly` by vectorised passes."""
-    weight = live.to(torch.float32)
-    weight.view(torch.int32).add_(remainder, alpha=0x100)
-    return weight
-
-
-def compensate_slowly(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 tensor -> (bf16, bf16 compensation), by exact fp64 arithmetic: the readable truth.
+    x: fp32, bf16, fp16 or fp64, any shape, on any device. The result has its shape and dtype, and no graph.
+    saturate: beyond the largest number, the largest one; None: as the format does by itself.
+    noise: int16, of x's shape, uniform over [-2^15, 2^15), as `numerics.noise` draws it; for mode "stochastic".
 
     Examples:
-        >>> live, compensation = compensate_slowly(torch.tensor([1.001]))
-        >>> live.item(), compensation.item()
-        (1.0, -0.00099945068359375)
+        >>> x = torch.tensor([17.0, 19.0, 1000.0, 0.001])
+        >>> round_to(x, "fp8_e4m3").tolist()
+        [16.0, 20.0, 448.0, 0.001953125]
+        >>> round_to(x, "fp8_e4m3", mode="up", saturate=False).tolist()
+        [18.0, 20.0, nan, 0.001953125]
+
+    Raises FormatError for a dtype, a mode or noise that is none of these, for a block format, which needs scales, and for
+    saturate=False where the format has neither infinity nor NaN.
     """
-
-    def take_apart(exact: Tensor) -> tuple[Tensor, Tensor]:
-        live = exact.to(torch.float32).to(torch.bfloat16)
-        excess = torch.where(live.isfinite(), live.to(torch.float64) - exact, 0.0)
-        return live, excess.to(torch.float32).to(torch.bfloat16)
-
-    live, compensation = take_apart(weight.to(torch.float64))
-    return take_apart(live.to(torch.float64) - compensation.to(torch.float64))
-
-
-def compensate(weight: Tensor, live: Tensor, compensation: Tensor) -> None:
-    """`compensate_slowly` into given tensors, by vectorised passes; `weight` is used up."""
-    live.copy_(weight)
-    compensation.copy_(torch.sub(live, weight, out=weight).nan_to_num_(0.0, 0.0, 0.0))
-    weight.copy_(live).sub_(compensation)  # what will be read; taken apart once more, it stays as it is
-    live.copy_(weight)
-    compensation.copy_(torch.sub(live, weight, out=weight).nan_to_num_(0.0, 0.0, 0.0))
+    target, saturates = _require_possible(x, format, mode, saturate, noise)
+    x, native = x.detach(), NATIVE.get(target.name)
+    if native and mode == "nearest_even" and not saturates and (x.dtype != torch.float64 or native == torch.float32):
+        return x.to(native, copy=True).to(x.dtype)
+    rounded = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    numbers, results = x.reshape(-1), rounded.view(-1)
+    draws = None if noise is None else noise.reshape(-1)
+    wide = _choose_width(x.dtype, target)
+    size = BLOCK * torch.get_num_threads() if x.device.type == "cpu" else max(1, x.numel())
+    for start in range(0, x.numel(), size):
+        block = slice(start, start + size)
+        draw = None if draws is None else draws[block]
+        results[block] = _round_block(numbers[block].to(wide), target, mode, saturates, draw)
+    return rounded
 
 
-def apply_compensation(live: Tensor, compensation: Tensor) -> Tensor:
-    """The fp32 tensor that `compensate` keeps; the difference is exact."""
-    return live.to(torch.float32).sub_(compensation)
+def _choose_width(dtype: torch.dtype, target: Format) -> torch.dtype:
+    """fp32, unless it lacks bits of x or has the format's smallest quantum only as a subnormal number."""
+    fits = target.kind == "integer" or target.smallest_normal * 2.0**-target.mantissa_bits >= 2.0**-126
+    return torch.float32 if fits and dtype != torch.float64 else torch.float64
 
 
-def round_stochastically_slowly(weight: Tensor, noise: Tensor) -> Tensor:
-    """fp32, int16 noise in [-2^15, 2^15) -> bf16, as the head of this module defines it: the readable truth.
-
-    Away from zero where noise + 2^15 + low half >= 2^16: for `low half` of the 2^16 possible draws.
-
-    Examples:
-        >>> quarter = torch.full((2,), 1 + 2**-9)            # a quarter of the way from 1 to the next bf16 number
-        >>> round_stochastically_slowly(quarter, torch.tensor([16383, 16384], dtype=torch.int16)).tolist()
-        [1.0, 1.0078125]
-    """
-    word = _as_unsigned(weight)
-    up = noise.to(torch.int64) + HALF_ULP + (word & _HALF) >= 1 << 16
-    drawn = _as_signed(((word >> 16) + up.to(torch.int64)) & _HALF, 16, torch.int16).view(torch.bfloat16)
-    within = (word & 0x7FFFFFFF) <= BF16.largest_code << 16
-    return torch.where(within, drawn, weight.to(torch.bfloat16))
+def _round_block(x: Tensor, target: Format, mode: str, saturates: bool, noise: Tensor | None) -> Tensor:
+    quantum = _find_quantum(x, target) if target.kind != "integer" else torch.ones((), dtype=x.dtype, device=x.device)
+    steps = x / quantum
+    if noise is None:
+        rounded = ROUND[mode](steps).mul_(quantum)
+    else:
+        rounded = _round_at_random(steps, noise).mul_(quantum)
+        if not saturates:
+            rounded = torch.where(x.abs() <= target.max, rounded, steps.round_().mul_(quantum))
+    return _bound(rounded, x, target, mode, saturates)
 
 
-def round_stochastically(weight: Tensor, noise: Tensor) -> Tensor:
-    """`round_stochastically_slowly` by vectorised passes; `weight` stays as it is.
-
-    What is beyond the largest bf16 is set aside and put back after the draw: 0 for all weights but huge and non-finite ones.
-    """
-    drawn = weight.clamp(-BF16.max, BF16.max)
-    beyond = drawn - weight
-    drawn.view(torch.int32).add_(HALF_ULP).add_(noise).bitwise_and_(-1 << 16)
-    return drawn.sub_(beyond).to(torch.bfloat16)
+ROUND: dict[str, Callable[[Tensor], Tensor]] = {
+    "nearest_even": Tensor.round_,
+    "toward_zero": Tensor.trunc_,
+    "up": Tensor.ceil_,
+    "down": Tensor.floor_,
+}
 
 
-def _mix64(word: int) -> int:
-    """The finalizer of splitmix64."""
-    word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
-    word = ((word ^ word >> 27) * 0x94D049BB133111EB) & (1 << 64) - 1
-    return word ^ word >> 31
+def _find_quantum(x: Tensor, target: Format) -> Tensor:
+    """A power of two for each number, from its word: the exponent's bits alone are the power of two below it."""
+    integer, exponent_bits, mantissa_bits = WORDS[x.dtype]
+    one, last = 1 << mantissa_bits, (1 << exponent_bits) - 1  # a step of the exponent; infinity's
+    bias = last >> 1
+    lowest = (-target.bias if target.kind == "exponent" else 1 - target.bias) + bias
+    word = x.view(integer).bitwise_and(last * one)
+    return word.clamp_(lowest * one, (last - 1) * one).sub_(target.mantissa_bits * one).view(x.dtype)
 
 
-def derive_keys(seed: int, number: int, step: int) -> tuple[int, int]:
-    """Two 32-bit keys of the noise of one parameter at one step.
-
-    Examples:
-        >>> derive_keys(0, 0, 1) == derive_keys(0, 1, 0)
-        False
-    """
-    key = 0
-    for word in (seed, number, step):
-        key = _mix64((key ^ word & (1 << 64) - 1) + 0x9E3779B97F4A7C15 & (1 << 64) - 1)
-    return key & _WORD, key >> 32
+def _round_at_random(steps: Tensor, noise: Tensor) -> Tensor:
+    """`steps` to a whole number, away from zero with the probability of what is beyond the one toward zero."""
+    whole = steps.trunc()
+    rest = (steps - whole).abs_()
+    away = rest >= noise.to(steps.dtype).sub_(2**15 - 0.5).mul_(-(2.0**-16))
+    return whole.add_(torch.copysign(away.to(steps.dtype), steps))
 
 
-def draw_noise_at(keys: tuple[int, int], element: Tensor) -> Tensor:
-    """int64 element numbers of any shape -> their int16 noise, uniform over [-2^15, 2^15): the readable truth.
-
-    Examples:
-        >>> draw_noise_at(derive_keys(0, 0, 0), torch.tensor([0, 1, 2**40])).shape
-        torch.Size([3])
-    """
-    first, second = keys
-    x = (element // 2 + first) & _WORD
-    x = ((x ^ x >> 16) * 0x7FEB352D) & _WORD
-    x = ((x ^ x >> 15) + second) & _WORD
-    x = (x * 0x846CA68B) & _WORD
-    x = x ^ x >> 16
-    return _as_signed(torch.where(element % 2 == 0, x & _HALF, x >> 16), 16, torch.int16)
-
-
-def draw_noise(keys: tuple[int, int], start: int, count: int, device: torch.device | None = None) -> Tensor:
-    """`draw_noise_at` of the elements start, start + 1, ..., by vectorised passes: int16, shape (count,).
-
-    Examples:
-        >>> keys = derive_keys(1, 2, 3)
-        >>> torch.equal(draw_noise(keys, 5, 7), draw_noise_at(keys, torch.arange(5, 12)))
-        True
-    """
-    first, second = keys
-    pairs = (start + count + 1) // 2 - start // 2
-    x = torch.arange(pairs, dtype=torch.int32, device=device).add_(_wrap(start // 2 + first))
-    _xor_shifted(x, 16)
-    _xor_shifted(x.mul_(0x7FEB352D), 15)
-    _xor_shifted(x.add_(_wrap(second)).mul_(_wrap(0x846CA68B)), 16)
-    return x.view(torch.int16)[start % 2 :][:count]
+def _bound(rounded: Tensor, x: Tensor, target: Format, mode: str, saturates: bool) -> Tensor:
+    """What becomes of results beyond the format's numbers, of negative zero, and of zero where there is none."""
+    if saturates:
+        rounded = rounded.clamp_(target.min, target.max)
+    else:
+        inward = {"toward_zero": x == x, "up": x < 0, "down": x > 0}.get(mode)
+        if inward is not None:
+            rounded = torch.where(inward & x.isfinite(), rounded.clamp(-target.max, target.max), rounded)
+        end = torch.full_like(rounded, torch.inf if target.has_infinity else torch.nan).copysign_(rounded)
+        rounded = torch.where(rounded.abs() > target.max, end, rounded)
+    if not target.has_zero:
+        return rounded.clamp_(min=target.min).masked_fill_(x < 0, torch.nan)
+    return rounded if target.has_negative_zero else rounded.add_(0.0)
 
 
-def _wrap(word: int) -> int:
-    """A 32-bit word as the signed number that int32 arithmetic takes it for."""
-    word &= _WORD
-    return word - (1 << 32) if word >> 31 else word
-
-
-def _xor_shifted(x: Tensor, places: int) -> None:
-    """x ^= x >> places, filled with zeros; torch's shift of a signed integer repeats the sign."""
-    x.bitwise_xor_(x.bitwise_right_shift(places).bitwise_and_((1 << (32 - places)) - 1))
+def _require_possible(
+    x: Tensor, format: str | Format, mode: str, saturate: bool | None, noise: Tensor | None
+) -> tuple[Format, bool]:
+    """The format, and whether it is to saturate. Raises FormatError."""
+    target = find_format(format) if isinstance(format, str) else format
+    if target.block:
+        raise FormatError(
+            f"{target.name} stores a scale with every {target.block} numbers; round_to takes formats without scales, as "
+            f"{target.element.name}; numerics.casting quantizes to {target.name}"
+        )
+    if x.dtype not in DTYPES:
+        raise FormatError(f"round_to takes fp32, bf16, fp16 and fp64 tensors; got {x.dtype}; convert it first")
+    if mode not in MODES:
+        raise FormatError(describe_unknown("rounding mode", mode, MODES))
+    if (mode == "stochastic") != (noise is not None):
+        raise FormatError(
+            f"noise is for mode 'stochastic', and needed there; got mode '{mode}' with noise={noise!r:.20}"
+        )
+    if noise is not None and (noise.dtype != torch.int16 or noise.shape != x.shape):
+        raise FormatError(
+            f"noise is int16 of x's shape {tuple(x.shape)}; got {noise.dtype} of {tuple(noise.shape)}; use draw_noise"
+        )
+    if saturate is False and not (target.has_infinity or target.has_nan):
+        raise FormatError(
+            f"{target.name} has neither infinity nor NaN, so it always saturates; leave saturate=False out"
+        )
+    return target, target.saturates if saturate is None else saturate
