@@ -27,6 +27,7 @@ SPINE = [
     "records",
     "numerics.formats",
     "plan",
+    "rehearsals",
     "control.search",
     "control.controller",
     "numerics.rounding",
@@ -54,7 +55,7 @@ SPINE = [
     "report",
     "cli",
 ]
-PURE = ["errors", "records", "numerics.formats", "plan", "control.search", "control.controller"]
+PURE = ["errors", "records", "numerics.formats", "plan", "rehearsals", "control.search", "control.controller"]
 OPTIONAL = {"sklearn", "pyarrow", "PIL", "datasets", "torchvision", "tensorboard"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the two names differ by more than a dash
 PROCESS_SWITCHES = re.compile(

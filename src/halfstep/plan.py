@@ -50,8 +50,9 @@ POSITIONS = ("first", "last")
 CASTS = ("op", "unit")
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
-HEAD = ("name", "loss_scale", "states", "recovery")  # keys of the plan itself
+HEAD = ("name", "loss_scale", "states", "recovery", "products")  # keys of the plan itself
 STATES = ("fp32", "8-bit")
+PRODUCTS = ("native", "emulated")
 RECOVERIES = ("skip", "back-off", "roll-back", "widen", "stop")
 
 
@@ -174,10 +175,12 @@ class Plan:
     loss_scale: str = "none"
     states: str = "fp32"  # of the optimizer, as `mechanisms.optimizer_states` keeps them
     recovery: str = "skip"
+    products: str = "native"  # emulated: with the numerics of units that are not here, also where there is a unit
     name: str = ""
 
     def __post_init__(self) -> None:
-        for key, allowed in (("loss_scale", LOSS_SCALES), ("states", STATES), ("recovery", RECOVERIES)):
+        words = {"loss_scale": LOSS_SCALES, "states": STATES, "recovery": RECOVERIES, "products": PRODUCTS}
+        for key, allowed in words.items():
             if getattr(self, key) not in allowed:
                 raise PlanError(describe_unknown(key, getattr(self, key), allowed))
 
@@ -227,16 +230,19 @@ class Plan:
     def __str__(self) -> str:
         """The text form: a line for the plan, then a line a rule."""
         head = f"name={shlex.quote(self.name)} loss_scale={self.loss_scale}"
-        head += f" states={self.states}" * (self.states != "fp32")
-        head += f" recovery={self.recovery}" * (self.recovery != "skip")
+        head += "".join(f" {key}={value}" for key, value in self._rare().items())
         return "\n".join([head, *map(str, self.rules)])
+
+    def _rare(self) -> dict[str, str]:
+        """Keys of the head that are written only where they are not the default."""
+        keys = ("states", "recovery", "products")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(Plan, key)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in TOML and JSON; settings that are not stated are left out."""
         rules = [{key: value for key, value in asdict(rule).items() if value not in (None, "")} for rule in self.rules]
         rules = [{"path": rule.path} | stated for rule, stated in zip(self.rules, rules, strict=True)]
-        rare = {key: getattr(self, key) for key in ("states", "recovery") if getattr(self, key) != getattr(Plan, key)}
-        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, **rare, "rule": rules}
+        return {"schema": SCHEMA, "name": self.name, "loss_scale": self.loss_scale, **self._rare(), "rule": rules}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Plan":
