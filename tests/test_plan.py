@@ -346,7 +346,8 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         ("path=a computee=bf16", "unknown key in a rule 'computee'; did you mean 'compute'? Allowed: cast, compute, "),
         (
             "name=x nme=y",
-            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: loss_scale, name, products, recovery, rule, schema, states",
+            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: loss_scale, name, products, recovery, rule, "
+            "schema, states",
         ),
         ("path=a path=b", "line 1 of the plan is 'path=a path=b'; write key=value words, each key once"),
         ("path=a\npath=b bf16", "line 2 of the plan is 'path=b bf16'; write key=value words, each key once"),
@@ -377,7 +378,8 @@ def test_unknown_preset_names_the_nearest() -> None:
         ({"schema": 2}, "the plan has schema 2; this version reads schema 1"),
         (
             {"rules": []},
-            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: loss_scale, name, products, recovery, rule, schema, states",
+            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: loss_scale, name, products, recovery, rule, "
+            "schema, states",
         ),
         ({"name": 3}, "plan key 'name' takes a string; got 3"),
         ({"loss_scale": True}, "plan key 'loss_scale' takes a string; got True"),
