@@ -12,7 +12,7 @@ division and the product are exact, because a quantum is a power of two.
     stochastic     away from zero with the probability rest / quantum, else toward zero: in the mean, x itself. A draw has
                    16 bits, so the probability is rounded to a multiple of 2^-16, and less than 2^-17 of a quantum vanishes.
 
-Beyond the largest number, and at the infinities (OCP FP8 1.0, section 5.2.1):
+Beyond the largest number, and at the infinities (the two modes of OCP FP8 1.0):
 
     saturating     the largest number of that sign
     not            infinity where the format has one, else NaN, from halfway to where the next number would be. Away from
@@ -22,7 +22,8 @@ Beyond the largest number, and at the infinities (OCP FP8 1.0, section 5.2.1):
 NaN stays NaN, also where the format has no code for it: what is broken has to stay visible. Negative zero, and what is
 rounded to it, is zero where the format has no negative zero. A format of powers of two (e8m0) gives its smallest for zero
 and all that is smaller, NaN for negative numbers, and takes two multiples of the quantum for even and one for odd, so a tie
-goes up: as torch and ml_dtypes convert, but for zero, which ml_dtypes makes NaN.
+goes up: as torch and ml_dtypes convert. (They differ on zero, NaN in ml_dtypes, and on negative numbers, which lose their
+sign in torch; both take fp32 numbers little above 2^-127, which are subnormal, to 2^-126.)
 
 A number is rounded once: fp64 does not pass through fp32. The result has x's dtype; where that lacks a number of the format
 (65504 of fp16 in bf16) it is what conversion makes of it.
@@ -203,9 +204,8 @@ def _require_possible(
     if mode not in MODES:
         raise FormatError(describe_unknown("rounding mode", mode, MODES))
     if (mode == "stochastic") != (noise is not None):
-        raise FormatError(
-            f"noise is for mode 'stochastic', and needed there; got mode '{mode}' with noise={noise!r:.20}"
-        )
+        found = "no noise" if noise is None else f"noise of shape {tuple(noise.shape)}"
+        raise FormatError(f"mode 'stochastic' needs noise, and other modes take none; got mode '{mode}' with {found}")
     if noise is not None and (noise.dtype != torch.int16 or noise.shape != x.shape):
         raise FormatError(
             f"noise is int16 of x's shape {tuple(x.shape)}; got {noise.dtype} of {tuple(noise.shape)}; use draw_noise"
