@@ -1,4 +1,5 @@
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -231,7 +232,7 @@ def test_rule_that_matches_no_module_is_refused_with_the_nearest_path() -> None:
 
 
 @pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2", "tf32", "int8"])
-@pytest.mark.parametrize("slot", ["compute", "storage", "output"])
+@pytest.mark.parametrize("slot", ["storage", "output"])
 def test_format_that_cannot_be_honoured_is_refused_and_the_model_untouched(format: str, slot: str) -> None:
     model = make_mlp()
     before, classes = copy_weights(model), describe_classes(model)
@@ -462,3 +463,71 @@ def test_loading_into_a_deep_copy_leaves_the_original_alone(plan: str) -> None:
         assert_same(copy_weights(model), original)
         expected = copy_weights(make_mlp(1))["0.weight"]
         assert_near(twin.get_parameter("0.weight").detach().float(), expected, torch.bfloat16)
+
+
+SCALED = "path=1 compute=int8 grad=int8 scaling=row\ncompute=bf16"
+
+
+def test_scaled_products_run_inside_their_module_alone_and_are_undone() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    classes, weights = [type(m) for m in model], list(model.parameters())
+    x = torch.randn(32, 8)
+    with convert(model, Plan.parse(SCALED)) as conversion, conversion.autocast():
+        hidden = model[0](x)
+        ours = model[1](hidden)
+        exact = nn.functional.linear(hidden.float(), model[1].weight, model[1].bias)
+        assert type(model[1]) is not nn.Linear and isinstance(model[1], nn.Linear)
+        assert ours.dtype == hidden.dtype == torch.bfloat16
+        error = ((ours.float() - exact).norm() / exact.norm()).item()
+        assert 2.0**-9 < error < 2.0**-6
+        model(x).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert [type(m) for m in model] == classes
+    assert [id(p) for p in model.parameters()] == [id(p) for p in weights]
+    assert "_halfstep_inside" not in model[1].__dict__
+
+
+def test_scaled_products_inside_a_model_in_fp32_give_fp32() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    plan = Plan.parse("path=0 compute=fp8_e4m3 grad=fp8_e5m2\ncompute=fp32")
+    with convert(model, plan) as conversion, conversion.autocast():
+        assert model[0](torch.randn(4, 8)).dtype == torch.float32
+
+
+def test_scaled_products_behind_bf16_weights_with_an_exact_master() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    plan = Plan.parse("path=0 compute=fp8_e4m3 storage=bf16 master=split\ncompute=bf16 storage=bf16 master=split")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with convert(model, plan) as conversion, conversion.autocast():
+        model(torch.randn(4, 8)).sum().backward()
+        assert model[0].weight.grad is not None and model[0].weight.grad.dtype == torch.bfloat16
+        assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("compute=fp8_e4m3", "the model multiplies no weights: compute=fp8_e4m3 is for linear, conv,"),
+        ("path=1 compute=fp8_e4m3 scaling=1x128\npath=0 compute=int8 output=int8\ncompute=bf16", "module '0': output=int8"),
+        ("path=0 compute=e8m0\ncompute=bf16", "module '0': products take"),
+    ],
+)
+def test_scaled_products_that_cannot_be_are_refused(text: str, message: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        convert(model, Plan.parse(text))
+    assert type(model[0]) is nn.Linear
+
+
+def test_emulated_products_round_as_the_unit_would() -> None:
+    """fp16 operands, fp32 sum, one rounding: what torch's own fp16 kernel gives, up to the order of its sums."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    x, results = torch.randn(16, 64), []
+    for products in ("native", "emulated"):
+        with convert(model, Plan.parse(f"products={products}\ncompute=fp16")) as conversion, conversion.autocast():
+            results.append(model(x))
+    assert results[0].dtype == results[1].dtype == torch.float16
+    exact = x.half().double() @ model[0].weight.half().double().T
+    assert torch.equal(results[1], exact.half()) or (results[1] - exact).abs().max() < 2.0**-10 * exact.abs().max()
+    assert (results[0] - results[1]).abs().max() < 2.0**-9 * exact.abs().max()

@@ -3,6 +3,7 @@
     resolve the plan over the model's modules         dead rules are errors
     every module's own parameters -> storage format   through MasterWeights, parameter objects stay the same
     modules whose format differs from the one around them, and units of `cast = "unit"` -> Unit
+    modules whose products are scaled, or emulated -> ProductUnit, inside which torch's functions are replaced
     the rest of the model runs under one autocast     `cast = "op"`: Conversion.autocast()
 
 `state_dict()` of a converted model has the same keys and holds the fp32 truth; `load_state_dict()` takes fp32. Undoing
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
-from halfstep.errors import ModelError, PlanError, UnsupportedError
+from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
 from halfstep.mechanisms.layers import (
     DTYPES,
     Gate,
     NormUnit,
+    ProductUnit,
     ScaledUnit,
     Unit,
     autocast,
@@ -31,11 +33,15 @@ from halfstep.mechanisms.layers import (
     undo_unit,
 )
 from halfstep.mechanisms.master_weights import WAYS, MasterWeights
+from halfstep.mechanisms.operators import OperatorMode
+from halfstep.mechanisms.replacements import read_products, replace_functions
 from halfstep.numerics.formats import find_format
+from halfstep.numerics.products import ProductState, QuantizedWeights
 from halfstep.plan import Plan, Resolution, Settings
 from halfstep.records import LayerRecord
 
 UNITS = ("linear", "conv", "attention", "recurrent", "norm")  # what `cast = "unit"` casts around
+MULTIPLYING = ("linear", "conv", "embedding", "attention", "recurrent")  # whose products can be replaced
 
 
 class Conversion:
@@ -51,6 +57,8 @@ class Conversion:
         self.model, self.plan, self.device_type = model, plan, device_type
         self.table: Mapping[str, Settings] = resolution.table
         self.masters = MasterWeights()
+        self.quantized = QuantizedWeights()  # copies of weights that products share; to be cleared by who updates them
+        self.products: dict[str, ProductState] = {}  # module path -> what its products keep from call to call
         self._undo = ExitStack()
         self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
         self.storage = self._agree_on_storage()
@@ -148,6 +156,9 @@ class Conversion:
         settings, around = self.table[path], self._find_surroundings(path)
         output = settings.output
         unit: type[Unit]
+        if self._replaces_products(path, module):
+            self._replace_products(path, module)
+            return
         if find_kind(module) == "norm" and settings.storage != "fp32":
             unit, output = NormUnit, output or settings.compute
         elif self.plan.loss_scale == "layer" and settings.compute == "fp16":
@@ -165,6 +176,23 @@ class Conversion:
         if isinstance(module, nn.TransformerEncoderLayer) and any(s.compute != "fp32" for s in self.table.values()):
             # torch's inference shortcut reads the weights past their modules; a hook keeps it off
             self._undo.callback(module.register_forward_pre_hook(lambda *_: None).remove)
+
+    def _replaces_products(self, path: str, module: nn.Module) -> bool:
+        """Whether a module's products are other than torch's own in its compute format."""
+        settings = self.table[path]
+        emulated = self.plan.products == "emulated" and settings.compute != "fp32"
+        return find_kind(module) in MULTIPLYING and (emulated or has_formats_of_its_own(settings))
+
+    def _replace_products(self, path: str, module: nn.Module) -> None:
+        """Between the products a module keeps to the format around it; so do its results."""
+        settings, around = self.table[path], self._find_surroundings(path)
+        around = around if around in DTYPES else "bf16"
+        state = ProductState(number=len(self.products), weights=self.quantized)
+        self.products[path] = state
+        make_unit(module, ProductUnit, self.device_type, around, settings.output or around)
+        functions = replace_functions(read_products(settings), state)
+        module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions)
+        self._undo.callback(undo_unit, module)
 
     def _find_surroundings(self, path: str) -> str:
         """The format of the autocast that a module is called under: that of the nearest module above it that casts."""
@@ -231,7 +259,7 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
     for path, module in model.named_modules():
-        _require_possible(path, resolution.table[path])
+        _require_possible(path, find_kind(module), resolution.table[path])
         if plan.loss_scale == "layer":
             _require_scalable(path, module, resolution.table[path])
     device_type = next((p.device.type for p in model.parameters()), "cpu")
@@ -249,22 +277,37 @@ def _require_scalable(path: str, module: nn.Module, settings: Settings) -> None:
         )
 
 
-def _require_possible(path: str, settings: Settings) -> None:
+def has_formats_of_its_own(settings: Settings) -> bool:
+    """Whether a module's products take formats that torch does not compute in, or not the same for all.
+
+    Examples:
+        >>> has_formats_of_its_own(Settings(compute="bf16", grad="bf16")), has_formats_of_its_own(Settings(compute="int8"))
+        (False, True)
+    """
+    stated = {settings.compute, *filter(None, (settings.grad, settings.grad_input, settings.grad_weight))}
+    return len(stated) > 1 or not stated <= DTYPES.keys()
+
+
+def _require_possible(path: str, kind: str, settings: Settings) -> None:
     where = f"module '{path}'" if path else "the model"
-    for slot in ("compute", "storage", "output", "saved"):
+    for slot in ("storage", "output"):
         format = getattr(settings, slot)
-        if format and (format not in DTYPES or slot == "saved"):
+        if format and format not in DTYPES:
+            raise UnsupportedError(f"{where}: {slot}={format} cannot be honoured; allowed: {', '.join(DTYPES)}")
+    if has_formats_of_its_own(settings):
+        if kind not in MULTIPLYING:
             raise UnsupportedError(
-                f"{where}: {slot}={format} cannot be honoured; this version trains in {', '.join(DTYPES)}"
+                f"{where} multiplies no weights: compute={settings.compute} is for {', '.join(MULTIPLYING)}; give it bf16"
             )
-    for slot in ("grad", "grad_input", "grad_weight"):
-        format = getattr(settings, slot)
-        if format not in ("", settings.compute):
+        try:
+            read_products(settings)
+        except FormatError as error:
+            raise UnsupportedError(f"{where}: {error}") from None
+        if settings.scaling == "delayed" and kind not in ("linear", "conv"):
             raise UnsupportedError(
-                f"{where}: {slot}={format} with compute={settings.compute}; this version computes all three products in "
-                "one format"
+                f"{where}: scaling=delayed follows one product, for linear and conv; {kind} takes scaling=tensor"
             )
-    if settings.storage != "fp32" and settings.storage != settings.compute:
+    elif settings.storage != "fp32" and settings.storage != settings.compute:
         raise UnsupportedError(
             f"{where}: storage={settings.storage} with compute={settings.compute}; weights are stored in fp32 or in the "
             "format they are computed in"

@@ -76,6 +76,21 @@ class Gate(Unit):
         return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
 
 
+class ProductUnit(Unit):
+    """A unit inside which torch's product functions are replaced, by the block in `_halfstep_inside`.
+
+    It converts no inputs: a product rounds its operands itself, from the numbers as they are.
+    """
+
+    _halfstep_inside: AbstractContextManager[Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        original, _, _, output = self._halfstep
+        with self._halfstep_inside:
+            result = original.forward(self, *args, **kwargs)
+        return cast_floats(result, DTYPES[output]) if output else result
+
+
 class ScaledUnit(Unit):
     """A linear or convolution unit whose backward products are scaled by themselves, for gradients that no one scale for
     all layers can lift above fp16's floor (2^-24) and keep below its largest number (65504).
@@ -170,4 +185,5 @@ def make_unit(module: nn.Module, base: type[Unit], device_type: str, compute: st
 
 def undo_unit(module: nn.Module) -> None:
     """Give a module its class back."""
+    module.__dict__.pop("_halfstep_inside", None)
     module.__class__ = module.__dict__.pop("_halfstep")[0]
