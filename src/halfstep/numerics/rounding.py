@@ -86,7 +86,7 @@ def round_to_slowly(
             assert noise is not None  # noqa: S101 - checked above
             within = (target.min <= exact) & (exact <= target.max)
             away = torch.where(within, rest >= (2**15 - 0.5 - noise.to(torch.float64)) / 2**16, nearest)
-    rounded = torch.where(exact.isinf(), exact, torch.copysign((whole + away) * quantum, exact))
+    rounded = torch.copysign((whole + away) * quantum, exact)
     return _bound(rounded, exact, target, mode, saturates).to(x.dtype)
 
 
