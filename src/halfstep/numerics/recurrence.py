@@ -74,7 +74,8 @@ def _run_direction(
     weights: Sequence[Tensor], backward: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """One layer in one direction over packed x [sum of sizes, inputs] -> hidden states as packed, last states."""
-    w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
     wide = state[0].dtype
     from_x = way.project(x, w_ih, b_ih, number, 0).to(wide).split(sizes)
     order = range(len(sizes) - 1, -1, -1) if backward else range(len(sizes))
