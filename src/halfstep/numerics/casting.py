@@ -79,7 +79,9 @@ class Scaling:
         if self.scale not in ("", *SCALES):
             raise FormatError(describe_unknown("scale format", self.scale, SCALES))
         if (self.kind == "block") != (self.rows > 0 and self.columns > 0):
-            raise FormatError(f"blocks, and only they, have rows and columns; got {self.rows}x{self.columns} {self.kind}")
+            raise FormatError(
+                f"blocks, and only they, have rows and columns; got {self.rows}x{self.columns} {self.kind}"
+            )
 
     @classmethod
     def parse(cls, word: "str | Scaling") -> "Scaling":
@@ -90,7 +92,9 @@ class Scaling:
         if block := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
             return cls(kind="block", rows=int(block[1]), columns=int(block[2]), scale=scale)
         if name not in ("tensor", "delayed", "row"):
-            raise FormatError(describe_unknown("scaling", word, ["tensor", "delayed", "row", "1x128", "128x128", "1x32"]))
+            raise FormatError(
+                describe_unknown("scaling", word, ["tensor", "delayed", "row", "1x128", "128x128", "1x32"])
+            )
         return cls(kind=name, scale=scale)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -130,7 +134,7 @@ class ScaledTensor:
     Examples:
         >>> x = quantize(torch.tensor([[1.0, 300.0]]), "fp8_e4m3", "tensor")
         >>> x.values.dtype, x.scale.tolist(), x.dequantize().tolist()
-        (torch.float8_e4m3fn, [[1.0]], [[1.0, 304.0]])
+        (torch.float8_e4m3fn, [[1.0]], [[1.0, 288.0]])
     """
 
     values: Tensor
@@ -248,7 +252,9 @@ def _settle(
     """Format, scaling and blocks of a call of `quantize`. Raises FormatError for what does not go together."""
     target = find_format(format) if isinstance(format, str) else format
     if target.element.name not in STORAGE:
-        raise FormatError(f"{target.name} takes no scales; quantize takes 8-bit and narrower formats: {', '.join(STORAGE)}")
+        raise FormatError(
+            f"{target.name} takes no scales; quantize takes 8-bit and narrower formats: {', '.join(STORAGE)}"
+        )
     if not x.is_floating_point():
         raise FormatError(f"quantize takes floating-point tensors; got {x.dtype}; convert it first")
     scaling = Scaling.parse(scaling or (f"1x{target.block}" if target.block else "tensor"))

@@ -30,7 +30,7 @@ class _Convolve(torch.autograd.Function):
     stride, padding, dilation, transposed, output_padding, groups."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913 - autograd passes arguments by place
+    def forward(
         context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], products: Products,
         state: ProductState | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
@@ -132,7 +132,9 @@ def _pad(x: Tensor, weight: Tensor, word: str, stride: list[int], dilation: list
     if word == "valid":
         return x, 0
     if word != "same" or any(step != 1 for step in stride):
-        raise UnsupportedError(f"padding is 'valid', 'same' with stride 1, or numbers; got '{word}' with stride {stride}")
+        raise UnsupportedError(
+            f"padding is 'valid', 'same' with stride 1, or numbers; got '{word}' with stride {stride}"
+        )
     totals = [gap * (size - 1) for gap, size in zip(dilation, weight.shape[2:], strict=True)]
     if any(total % 2 for total in totals):
         x = F.pad(x, [n for total in reversed(totals) for n in (0, total % 2)])

@@ -104,7 +104,9 @@ def find_result_dtype(x: Tensor) -> torch.dtype:
     Raises ModelError for a tensor that is not floating point.
     """
     if x.dtype not in DTYPES:
-        raise ModelError(f"products in scaled formats take fp32, bf16, fp16 and fp64 tensors; got {x.dtype}; convert it")
+        raise ModelError(
+            f"products in scaled formats take fp32, bf16, fp16 and fp64 tensors; got {x.dtype}; convert it"
+        )
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -125,7 +127,7 @@ def linear(
     return multiply_by_weight(x, weight, bias, products, state, state.weights if state else None)
 
 
-def multiply_by_weight(  # noqa: PLR0913 - what `linear` takes, and the copies to share
+def multiply_by_weight(
     x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, state: ProductState | None,
     weights: QuantizedWeights | None,
 ) -> Tensor:  # fmt: skip
@@ -181,7 +183,7 @@ def bmm(left: Tensor, right: Tensor, *, products: Products, state: ProductState 
     return matmul(left, right, products=products, state=state)
 
 
-def addmm(  # noqa: PLR0913 - torch's arguments
+def addmm(
     addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1, products: Products,
     state: ProductState | None = None,
 ) -> Tensor:  # fmt: skip
@@ -194,7 +196,7 @@ def addmm(  # noqa: PLR0913 - torch's arguments
     return _add(addend, mm(left, right, products=products, state=state), beta, alpha)
 
 
-def baddbmm(  # noqa: PLR0913 - torch's arguments
+def baddbmm(
     addend: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1, products: Products,
     state: ProductState | None = None,
 ) -> Tensor:  # fmt: skip

@@ -42,6 +42,7 @@ from halfstep.numerics.formats import find_format
 from halfstep.numerics.noise import derive_keys, draw_noise
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # operand formats without scales
+WHOLE = Scaling(kind="tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Operand:
     """
 
     format: str
-    scaling: Scaling = Scaling(kind="tensor")
+    scaling: Scaling = WHOLE
     mode: str = "nearest_even"
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class Operand:
         if target.element.name not in STORAGE and target.name not in PLAIN:
             raise FormatError(f"products take {', '.join(PLAIN)} and what quantize takes; got {target.name}")
         object.__setattr__(self, "format", target.name)
-        if target.block and self.scaling == Scaling(kind="tensor"):
+        if target.block and self.scaling == WHOLE:
             object.__setattr__(self, "scaling", Scaling.parse(f"1x{target.block}"))
 
     @property
@@ -72,7 +73,11 @@ class Operand:
     @property
     def is_the_same_along_all(self) -> bool:
         """Whether the dimension that the product sums over makes no difference."""
-        return not self.is_scaled or self.scaling.kind in ("tensor", "delayed") or self.scaling.rows == self.scaling.columns > 0
+        return (
+            not self.is_scaled
+            or self.scaling.kind in ("tensor", "delayed")
+            or self.scaling.rows == self.scaling.columns > 0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,4 +387,3 @@ def _multiply_scaled(left: ScaledTensor, right: ScaledTensor, dtype: torch.dtype
 KERNELS: dict[str, Callable[[Any, Any, torch.dtype], Tensor]] = {
     "scaled_mm": _multiply_scaled, "int_mm": _multiply_integers, "bf16": _multiply_expanded, "fp32": _multiply_expanded,
 }  # fmt: skip
-
