@@ -19,18 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep import records
-from halfstep.comparison import (
-    CONTROL,
-    CONTROL_LR,
-    PlainLoop,
-    build_arm,
-    compare,
-    has_trained,
-    is_arm,
-    judge_equivalence,
-    require_arms,
-    work,
-)
+from halfstep.arms import CONTROL, CONTROL_LR, PlainLoop, build_arm, is_arm, require_arms, work
+from halfstep.comparison import compare, has_trained, judge_equivalence
 from halfstep.errors import PlanError, RecipeError, TrainingError
 from halfstep.records import ComparisonRecord, EndRecord, EvaluationRecord, Record, StepOutcome, StepRecord
 from halfstep.stepper import Stepper

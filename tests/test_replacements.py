@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from halfstep.mechanisms.replacements import read_products, replace_functions
-from halfstep.numerics.products import Operand, Product, ProductState
 from halfstep.numerics.casting import Scaling
+from halfstep.numerics.products import Operand, Product, ProductState
 from halfstep.plan import Settings
 
 

@@ -327,16 +327,18 @@ def compare(
     from dataclasses import replace
 
     from halfstep import comparison
+    from halfstep.arms import require_arms
     from halfstep.report.page import write_page
     from halfstep.report.progress import follow_comparison
     from halfstep.report.terminal import show_comparison
+    from halfstep.training import evaluation_steps
 
     names = [name.strip() for name in arms.split(",")]
-    comparison.require_arms(names)
+    require_arms(names)
     _require_writable(json, page)
     loaded = _load(recipe, overrides, steps=steps, data=data)
     task = loaded.build_task()
-    total = seeds * (len(names) * loaded.train.steps + min(comparison.evaluation_steps(loaded.train)))
+    total = seeds * (len(names) * loaded.train.steps + min(evaluation_steps(loaded.train)))
     with follow_comparison(total, Console(stderr=True)) as notify:
         result = comparison.compare(
             str(loaded), loaded.name, task.metric, loaded.train, arms=names, seeds=seeds, target=target, notify=notify
@@ -384,7 +386,7 @@ def report(
 @app.command(hidden=True)
 def worker(recipe: RecipeName, arm: Annotated[str, typer.Option()], seed: Annotated[int, typer.Option()]) -> None:
     """One arm of a comparison; `compare` starts these and tells them over standard input when to run."""
-    from halfstep import comparison
+    from halfstep.arms import work
 
     loaded = _load(recipe, None, seed=seed)
-    comparison.work(arm, loaded.build_task(), loaded.train, loaded.precision, sys.stdin, sys.stdout)
+    work(arm, loaded.build_task(), loaded.train, loaded.precision, sys.stdin, sys.stdout)

@@ -2,15 +2,7 @@
 
 Fair by construction: every arm has the same initial weights, the same batches, the same optimizer settings and
 schedule, and its own process. The processes of a seed live side by side and take turns of a few steps, one at a time,
-so that a machine whose speed drifts slows all arms alike; time ratios are taken turn by turn.
-
-    fp32              plain PyTorch
-    fp32-tuned        + fused optimizer, channels_last for convolutions, allocator settings
-    torch-amp         torch.autocast, and GradScaler for fp16, as the PyTorch documentation writes it
-    torch-amp-tuned   + fused optimizer, channels_last for convolutions, allocator settings
-    halfstep          the recipe's precision, with the same tuning; `halfstep:PLAN` for another one
-    control           bf16 weights without a master at a thousandth of the learning rate: nearly every update is
-                      rounded away. It runs to the first evaluation, and the gate has to reject it there.
+so that a machine whose speed drifts slows all arms alike; time ratios are taken turn by turn. `arms` says what they are.
 
 The verdict is that of two one-sided t-tests on the paired differences to fp32 (Schuirmann 1987; Lakens 2017): the arm
 is equivalent when the 90 % confidence interval of the mean difference lies within the margin, worse or better when it
@@ -26,190 +18,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from scipy import stats
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep import records
-from halfstep.errors import RecipeError, TrainingError, describe_unknown
+from halfstep.arms import CONTROL, DEFAULT_ARMS, REFERENCE, TURN_OVER, YOUR_TURN, require_arms
+from halfstep.errors import RecipeError, TrainingError
 from halfstep.machine.hardware import name_machine
-from halfstep.machine.runtime import read_peak_memory, tune_process, use_channels_last
 from halfstep.records import (
     ArmResult,
     ComparisonRecord,
     EndRecord,
     EvaluationRecord,
+    HarmRecord,
     PlanRecord,
     Point,
     Record,
-    StepOutcome,
     StepRecord,
 )
-from halfstep.stepper import prepare, read_plan
 from halfstep.training import (
     Metric,
-    Steps,
-    Task,
     TrainSettings,
-    build_optimizer,
-    build_schedule,
     evaluation_steps,
-    train_steps,
 )
 
-DEFAULT_ARMS = ("fp32", "torch-amp", "torch-amp-tuned", "halfstep")
-RIVALS = ("fp32", "fp32-tuned", "torch-amp", "torch-amp-tuned")
-REFERENCE, CONTROL = "fp32", "control"
-CONTROL_PLAN, CONTROL_LR = "bf16-true", 1e-3
 TURNS = 10
-_YOUR_TURN, _TURN_OVER = "go", "turn over"
-
-
-class PlainLoop:
-    """A training step as PyTorch's documentation writes it; `dtype` None is fp32."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        settings: TrainSettings,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.model, self.optimizer, self.scheduler, self.settings, self.dtype = (
-            model,
-            optimizer,
-            scheduler,
-            settings,
-            dtype,
-        )
-        self.device_type = next(model.parameters()).device.type
-        self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype is torch.float16)
-        self.applied = self.skipped = self.micro = 0
-        self.plan_record: PlanRecord | None = None
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device_type, dtype=self.dtype) if self.dtype else nullcontext()
-
-    def step(self, loss: Tensor) -> StepOutcome:
-        before = self.scaler.get_scale()
-        self.scaler.scale(loss / self.settings.accumulate).backward()
-        self.micro += 1
-        if self.micro < self.settings.accumulate:
-            return StepOutcome(status="accumulated", step=self.applied, scale_before=before, scale_after=before)
-        self.micro = 0
-        if self.settings.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        skipped = self.scaler.get_scale() < before
-        if skipped:
-            self.skipped += 1
-        else:
-            self.applied += 1
-            self.scheduler.step()
-        return StepOutcome(
-            status="skipped" if skipped else "applied",
-            step=self.applied,
-            scale_before=before,
-            scale_after=self.scaler.get_scale(),
-        )
-
-
-def is_arm(name: str) -> bool:
-    """Whether an arm has that name.
-
-    Examples:
-        >>> is_arm("halfstep:bf16-true"), is_arm("fp23")
-        (True, False)
-    """
-    return name in (*RIVALS, "halfstep", CONTROL) or name.startswith("halfstep:")
-
-
-def require_arms(names: Sequence[str]) -> None:
-    """Raises RecipeError for an unknown or repeated arm, or when the reference is missing; PlanError for a bad plan."""
-    for name in names:
-        if not is_arm(name) or name == CONTROL:
-            raise RecipeError(describe_unknown("arm", name, [*RIVALS, "halfstep", "halfstep:PLAN"]))
-        if name.startswith("halfstep:") and name != "halfstep:auto":
-            read_plan(name.partition(":")[2])
-    if REFERENCE not in names or len(set(names)) != len(names):
-        raise RecipeError(f"arms are named once each and '{REFERENCE}' is one of them; got {', '.join(names)}")
-
-
-def build_arm(name: str, task: Task, settings: TrainSettings, precision: str) -> Steps:
-    """Model, optimizer and step of an arm."""
-    tuned = name.endswith("-tuned") or name.startswith("halfstep")
-    if name == CONTROL:
-        settings, precision = replace(settings, lr=settings.lr * CONTROL_LR), CONTROL_PLAN
-    elif ":" in name:
-        precision = name.partition(":")[2]
-    model = task.build_model()
-    if tuned:
-        use_channels_last(model)
-    optimizer = build_optimizer(model, settings, fused=tuned)
-    scheduler = build_schedule(optimizer, settings)
-    if name.startswith(("halfstep", CONTROL)):
-        return prepare(
-            model,
-            optimizer,
-            precision,
-            accumulate=settings.accumulate,
-            clip=settings.clip or None,
-            schedulers=scheduler,
-        )
-    device_type = next(model.parameters()).device.type
-    dtype = {"cpu": torch.bfloat16, "cuda": torch.float16}[device_type] if "amp" in name else None
-    return PlainLoop(model, optimizer, scheduler, settings, dtype)
-
-
-def tune_arm(name: str) -> AbstractContextManager[dict[str, str]]:
-    """Process settings of an arm: those of the tuned ones are the same for rivals and halfstep."""
-    tuned = name.endswith("-tuned") or name.startswith("halfstep")
-    return tune_process(allocator=tuned)
-
-
-def work(name: str, task: Task, settings: TrainSettings, precision: str, source: IO[str], sink: IO[str]) -> None:
-    """One arm in a process of its own: runs as many steps as each line of `source` allows, writes records to `sink`."""
-    with tune_arm(name):
-        stepper = build_arm(name, task, settings, precision)
-        running = train_steps(task, stepper, settings)
-        plan: PlanRecord | None = None
-        allowed = _wait_for_turn(source, sink)
-        last = 0
-        for record in running:
-            if stepper.plan_record is not plan:
-                plan = stepper.plan_record
-                records.append(sink, [plan] if plan else [])
-            records.append(sink, [record])
-            last = record.step
-            if last >= allowed and (isinstance(record, EvaluationRecord) or last not in evaluation_steps(settings)):
-                allowed = _wait_for_turn(source, sink)
-                if not allowed:
-                    break
-        device = str(next(stepper.model.parameters()).device)
-        end = EndRecord(
-            step=last, reason="finished", peak_memory_bytes=read_peak_memory(device), skipped_steps=stepper.skipped
-        )
-        records.append(sink, [end])
-
-
-def _wait_for_turn(source: IO[str], sink: IO[str]) -> int:
-    """Give the turn back, and wait for the step up to which the next one goes; 0 when there is none."""
-    sink.write(_TURN_OVER + "\n")
-    sink.flush()
-    line = source.readline().split()
-    return int(line[1]) if line and line[0] == _YOUR_TURN else 0
 
 
 @dataclass
@@ -225,17 +64,18 @@ class _Worker:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     plan: PlanRecord | None = None
     end: EndRecord | None = None
+    harms: list[HarmRecord] = field(default_factory=list)
 
     def send(self, step: int) -> None:
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # it died: `listen` says of what
-                self.process.stdin.write(f"{_YOUR_TURN} {step}\n" if step else "end\n")
+                self.process.stdin.write(f"{YOUR_TURN} {step}\n" if step else "end\n")
                 self.process.stdin.flush()
 
     def listen(self, turn: int) -> Iterator[Record]:
         """Records until the worker gives its turn back or ends. Raises TrainingError when it died."""
         for line in self.process.stdout or ():
-            if line.strip() == _TURN_OVER:
+            if line.strip() == TURN_OVER:
                 return
             record = records.decode(line)
             match record:
@@ -248,6 +88,8 @@ class _Worker:
                     self.plan = record
                 case EndRecord():
                     self.end = record
+                case HarmRecord():
+                    self.harms.append(record)
             yield record
         if self.process.wait() != 0:
             self.errors.seek(0)
@@ -376,6 +218,14 @@ def _mean_evaluations(workers: Sequence[_Worker]) -> tuple[Point, ...]:
     )
 
 
+def _mean_harms(workers: Sequence[_Worker]) -> tuple[HarmRecord, ...]:
+    """Harm of each layer, mean over seeds."""
+    return tuple(
+        replace(h[0], error=statistics.fmean(x.error for x in h), noise=statistics.fmean(x.noise for x in h))
+        for h in zip(*(w.harms for w in workers), strict=True)
+    )
+
+
 def _spread(values: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 for one seed, NaN when a run diverged."""
     if not all(map(math.isfinite, values)):
@@ -430,6 +280,7 @@ def summarise(name: str, by_arm: dict[str, list[_Worker]], metric: Metric, targe
         seconds_to_target=reached[0] if reached else None,
         setup_seconds=statistics.fmean(w.plan.seconds if w.plan else 0.0 for w in mine),
         speedup=speedup, memory_ratio=memory, loss=_mean_curve(mine), evaluations=evaluations, plan=mine[0].plan,
+        harms=_mean_harms(mine),
     )  # fmt: skip
 
 

@@ -34,14 +34,13 @@ from halfstep.mechanisms.layers import (
 )
 from halfstep.mechanisms.master_weights import WAYS, MasterWeights
 from halfstep.mechanisms.operators import OperatorMode
-from halfstep.mechanisms.replacements import read_products, replace_functions
+from halfstep.mechanisms.replacements import REPLACEABLE, can_be_replaced, read_products, replace_functions
 from halfstep.numerics.formats import find_format
 from halfstep.numerics.products import ProductState, QuantizedWeights
 from halfstep.plan import Plan, Resolution, Settings
 from halfstep.records import LayerRecord
 
 UNITS = ("linear", "conv", "attention", "recurrent", "norm")  # what `cast = "unit"` casts around
-MULTIPLYING = ("linear", "conv", "embedding", "attention", "recurrent")  # whose products can be replaced
 
 
 class Conversion:
@@ -180,8 +179,8 @@ class Conversion:
     def _replaces_products(self, path: str, module: nn.Module) -> bool:
         """Whether a module's products are other than torch's own in its compute format."""
         settings = self.table[path]
-        emulated = self.plan.products == "emulated" and settings.compute != "fp32"
-        return find_kind(module) in MULTIPLYING and (emulated or has_formats_of_its_own(settings))
+        emulated = self.plan.products == "emulated" and settings.compute != "fp32" and can_be_replaced(module)
+        return emulated or has_formats_of_its_own(settings)
 
     def _replace_products(self, path: str, module: nn.Module) -> None:
         """Between the products a module keeps to the format around it; so do its results."""
@@ -259,7 +258,7 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
     for path, module in model.named_modules():
-        _require_possible(path, find_kind(module), resolution.table[path])
+        _require_possible(path, module, resolution.table[path])
         if plan.loss_scale == "layer":
             _require_scalable(path, module, resolution.table[path])
     device_type = next((p.device.type for p in model.parameters()), "cpu")
@@ -288,24 +287,25 @@ def has_formats_of_its_own(settings: Settings) -> bool:
     return len(stated) > 1 or not stated <= DTYPES.keys()
 
 
-def _require_possible(path: str, kind: str, settings: Settings) -> None:
+def _require_possible(path: str, module: nn.Module, settings: Settings) -> None:
     where = f"module '{path}'" if path else "the model"
     for slot in ("storage", "output"):
         format = getattr(settings, slot)
         if format and format not in DTYPES:
             raise UnsupportedError(f"{where}: {slot}={format} cannot be honoured; allowed: {', '.join(DTYPES)}")
     if has_formats_of_its_own(settings):
-        if kind not in MULTIPLYING:
+        if not can_be_replaced(module):
             raise UnsupportedError(
-                f"{where} multiplies no weights: compute={settings.compute} is for {', '.join(MULTIPLYING)}; give it bf16"
+                f"{where} is a {type(module).__name__}: products in {settings.compute} are for "
+                f"{', '.join(kind.__name__ for kind in REPLACEABLE)}; give it compute=bf16 grad=bf16"
             )
         try:
             read_products(settings)
         except FormatError as error:
             raise UnsupportedError(f"{where}: {error}") from None
-        if settings.scaling == "delayed" and kind not in ("linear", "conv"):
+        if settings.scaling == "delayed" and find_kind(module) in ("attention", "recurrent"):
             raise UnsupportedError(
-                f"{where}: scaling=delayed follows one product, for linear and conv; {kind} takes scaling=tensor"
+                f"{where} makes several products, and scaling=delayed follows one; use scaling=tensor"
             )
     elif settings.storage != "fp32" and settings.storage != settings.compute:
         raise UnsupportedError(

@@ -272,6 +272,7 @@ class ArmResult(Record):
     loss: tuple[Point, ...] = ()
     evaluations: tuple[Point, ...] = ()
     plan: PlanRecord | None = None
+    harms: tuple[HarmRecord, ...] = ()  # of a rehearsal: what its layers do to the gradient, mean over seeds
 
 
 @dataclass(frozen=True, kw_only=True)

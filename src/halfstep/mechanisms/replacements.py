@@ -10,10 +10,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
 from torch.nn import functional as F
 
-from halfstep.numerics import convolution, multiplication
+from halfstep.numerics import attention, convolution, lookup, multiplication, recurrence
 from halfstep.numerics.casting import Scaling
 from halfstep.numerics.formats import find_format
 from halfstep.numerics.products import PLAIN, Operand, Product, Products, ProductState
@@ -56,22 +57,56 @@ def _override(product: Product, format: str) -> Product:
     return Product(left=replace(product.left, format=format), right=replace(product.right, format=format))
 
 
+def can_be_replaced(module: nn.Module) -> bool:
+    """Whether all products that a module makes by itself are among those of `replace_functions`.
+
+    Examples:
+        >>> can_be_replaced(nn.GRU(2, 2)), can_be_replaced(nn.GRUCell(2, 2))
+        (True, False)
+    """
+    return isinstance(module, REPLACEABLE)
+
+
 def replace_functions(products: Products, state: ProductState) -> Mapping[Function, Function]:
-    """torch function -> function with the same signature whose products follow `products`."""
+    """torch function -> function with the same signature whose products follow `products`.
+
+    state: for the products of modules that make one. Those that make several share but its weights: a history of largest
+        magnitudes follows one product.
+    """
+    shared = {"products": products}
     functions: dict[Function, Function] = {
-        F.linear: multiplication.linear,
-        F.conv1d: convolution.conv1d,
-        F.conv2d: convolution.conv2d,
-        F.conv3d: convolution.conv3d,
-        F.conv_transpose1d: convolution.conv_transpose1d,
-        F.conv_transpose2d: convolution.conv_transpose2d,
-        F.conv_transpose3d: convolution.conv_transpose3d,
+        theirs: partial(_run_named, partial(ours, **shared, state=state)) for theirs, ours in _SINGLE.items()
     }
-    return {theirs: partial(_call, partial(ours, products=products, state=state)) for theirs, ours in functions.items()}
+    functions[F.scaled_dot_product_attention] = partial(attention.scaled_dot_product_attention, **shared)
+    functions[torch.lstm] = partial(
+        _run_recurrent, partial(recurrence.lstm, **shared), partial(recurrence.lstm_packed, **shared)
+    )
+    functions[torch.gru] = partial(
+        _run_recurrent, partial(recurrence.gru, **shared), partial(recurrence.gru_packed, **shared)
+    )
+    return functions
 
 
-def _call(function: Function, *args: Any, **kwargs: Any) -> Tensor:
-    """torch calls the first argument `input`, ours do not."""
+REPLACEABLE = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
+    nn.EmbeddingBag, nn.MultiheadAttention, nn.LSTM, nn.GRU,
+)  # fmt: skip
+_SINGLE: dict[Function, Function] = {
+    F.linear: multiplication.linear, torch.matmul: multiplication.matmul, torch.mm: multiplication.mm,
+    torch.bmm: multiplication.bmm, torch.addmm: multiplication.addmm, torch.baddbmm: multiplication.baddbmm,
+    F.conv1d: convolution.conv1d, F.conv2d: convolution.conv2d, F.conv3d: convolution.conv3d,
+    F.conv_transpose1d: convolution.conv_transpose1d, F.conv_transpose2d: convolution.conv_transpose2d,
+    F.conv_transpose3d: convolution.conv_transpose3d, F.embedding: lookup.embedding,
+    F.embedding_bag: lookup.embedding_bag,
+}  # fmt: skip
+
+
+def _run_named(function: Function, *args: Any, **kwargs: Any) -> Any:
+    """torch's functions call their first argument `input`; ours call it by its part in the product."""
     first = (kwargs.pop("input"),) if "input" in kwargs else ()
-    result: Tensor = function(*first, *args, **kwargs)
-    return result
+    return function(*first, *args, **kwargs)
+
+
+def _run_recurrent(padded: Function, packed: Function, *args: Any) -> Any:
+    """torch.lstm and torch.gru have two signatures: of packed sequences the second argument are batch sizes."""
+    return (packed if isinstance(args[3], list | tuple) else padded)(*args)
