@@ -26,6 +26,7 @@ SPINE = [
     "errors",
     "records",
     "numerics.formats",
+    "numerics.operations",
     "plan",
     "control.search",
     "control.controller",
@@ -34,6 +35,7 @@ SPINE = [
     "machine.hardware",
     "machine.runtime",
     "mechanisms.layers",
+    "mechanisms.operators",
     "mechanisms.gradients",
     "mechanisms.loss_scale",
     "mechanisms.grad_scaler",
@@ -52,7 +54,7 @@ SPINE = [
     "report",
     "cli",
 ]
-PURE = ["errors", "records", "numerics.formats", "plan", "control.search", "control.controller"]
+PURE = ["errors", "records", "numerics.formats", "numerics.operations", "plan", "control.search", "control.controller"]
 OPTIONAL = {"sklearn", "pyarrow", "PIL", "datasets", "torchvision", "tensorboard"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the two names differ by more than a dash
 PROCESS_SWITCHES = re.compile(
