@@ -26,6 +26,7 @@ SPINE = [
     "errors",
     "records",
     "numerics.formats",
+    "numerics.operations",
     "plan",
     "rehearsals",
     "control.search",
@@ -66,6 +67,7 @@ SPINE = [
     "cli",
 ]
 PURE = ["errors", "records", "numerics.formats", "plan", "rehearsals", "control.search", "control.controller"]
+PURE = ["errors", "records", "numerics.formats", "numerics.operations", "plan", "control.search", "control.controller"]
 OPTIONAL = {"sklearn", "pyarrow", "PIL", "datasets", "torchvision", "tensorboard"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the two names differ by more than a dash
 PROCESS_SWITCHES = re.compile(
