@@ -67,3 +67,53 @@ def test_truth_behind_narrow_weights_is_put_back(plan: str) -> None:
         snapshot.put_back()
         assert_same(copy_weights(model), before)
         assert model[0].weight.dtype is torch.bfloat16
+
+
+class Lookahead(Optimizer):
+    """Holds another optimizer, and objects of its own in the state."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.inner = Adam(self.param_groups, lr=0.1)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["since"] = group.get("since", 0) + 1
+            for p in group["params"]:
+                self.state[p].setdefault("past", {"weights": []})["weights"].append(p.detach().clone())
+        self.inner.step()
+
+
+def test_optimizer_within_another_and_what_was_added_to_groups_are_put_back() -> None:
+    layer = nn.Linear(2, 1)
+    optimizer = Lookahead(layer.parameters())
+
+    def move() -> None:
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    fresh = Snapshot(layer, optimizers=[optimizer])
+    move()
+    before, snapshot = copy.deepcopy(optimizer.inner.state_dict()), Snapshot(layer, optimizers=[optimizer])
+    move()
+    assert len(optimizer.state[layer.weight]["past"]["weights"]) == 2
+    snapshot.put_back()
+    torch.testing.assert_close(optimizer.inner.state_dict(), before, rtol=0, atol=0)
+    assert len(optimizer.state[layer.weight]["past"]["weights"]) == 1
+    assert optimizer.param_groups[0]["since"] == 1
+    fresh.put_back()
+    assert "since" not in optimizer.param_groups[0]
+    assert not optimizer.inner.state and not optimizer.state
+
+
+def test_parameters_that_an_optimizer_was_given_since_stay_with_it() -> None:
+    first, second = nn.Linear(2, 1), nn.Linear(1, 1)
+    optimizer = SGD(first.parameters(), lr=0.1, momentum=0.9)
+    snapshot = Snapshot(first, optimizers=[optimizer])
+    optimizer.add_param_group({"params": list(second.parameters())})
+    second(first(torch.ones(1, 2))).sum().backward()
+    optimizer.step()
+    snapshot.put_back()
+    assert set(optimizer.state) == set(second.parameters())
+    assert len(optimizer.param_groups) == 2

@@ -3,26 +3,41 @@ optimizer states and hyperparameters, schedules. In memory, on the device it cam
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-from halfstep.mechanisms.master_weights import MasterWeights
+from torch.utils._pytree import tree_map
 
 Buffers = dict[tuple[nn.Module, str], Tensor]  # (module that owns it, its name there) -> value
+
+
+class Truths(Protocol):
+    """What keeps the full precision of weights that are narrow; `mechanisms.master_weights.MasterWeights` is one."""
+
+    def __contains__(self, parameter: object) -> bool: ...
+
+    def read(self, parameter: nn.Parameter) -> Tensor: ...
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None: ...
 
 
 class Snapshot:
     """The state at the moment it was made.
 
+    Args:
+        model: whose parameters and buffers are copied; None leaves it at the parameters that the optimizers hold.
+        truths: read and written in place of the parameters that it contains.
+        optimizers: with those that they hold as attributes, as SAM and Lookahead do.
+        schedulers: whose state is copied.
+
     Examples:
         >>> layer = nn.Linear(1, 1)
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         >>> before = layer.weight.item()
-        >>> snapshot = Snapshot(layer, MasterWeights(), [optimizer])
+        >>> snapshot = Snapshot(layer, optimizers=[optimizer])
         >>> _ = nn.init.zeros_(layer.weight)
         >>> snapshot.put_back(); layer.weight.item() == before
         True
@@ -30,41 +45,74 @@ class Snapshot:
 
     def __init__(
         self,
-        model: nn.Module,
-        masters: MasterWeights,
-        optimizers: Iterable[Optimizer],
+        model: nn.Module | None = None,
+        truths: Truths | None = None,
+        optimizers: Iterable[Optimizer] = (),
         schedulers: Iterable[LRScheduler] = (),
     ) -> None:
-        self._masters = masters
-        self._optimizers, self._schedulers = list(optimizers), list(schedulers)
+        self._truths = truths
+        self._optimizers, self._schedulers = _find_nested(optimizers), list(schedulers)
         held = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
-        parameters = dict.fromkeys([*model.parameters(), *held])
-        self._weights = {p: masters.read(p) if p in masters else p.detach().clone() for p in parameters}
-        self.buffers = copy_buffers(find_owners(model))
-        self._states = [{p: copy.deepcopy(state) for p, state in o.state.items()} for o in self._optimizers]
+        parameters = dict.fromkeys([*(model.parameters() if model else ()), *held])
+        self._weights = {
+            p: truths.read(p) if truths is not None and p in truths else p.detach().clone() for p in parameters
+        }
+        self.buffers = copy_buffers(find_owners(model)) if model else {}
+        self._states = [{p: _copy(state) for p, state in o.state.items()} for o in self._optimizers]
         self._groups = [[_copy_settings(group) for group in o.param_groups] for o in self._optimizers]
         self._schedules = [copy.deepcopy(s.state_dict()) for s in self._schedulers]
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make everything what it was. May be called again later: nothing of the copy is given away."""
+        """Make everything what it was. May be called again later: nothing of the copy is given away.
+
+        Parameters and groups that an optimizer was given since stay with it, as they are.
+        """
         for parameter, value in self._weights.items():
-            self._masters.write(parameter, value)
+            if self._truths is not None and parameter in self._truths:
+                self._truths.write(parameter, value)
+            else:
+                parameter.copy_(value)
         put_back_buffers(self.buffers)
         for optimizer, states, groups in zip(self._optimizers, self._states, self._groups, strict=True):
-            for parameter in [p for p in optimizer.state if p in self._weights]:
-                del optimizer.state[parameter]
-            optimizer.state.update({p: copy.deepcopy(state) for p, state in states.items()})
-            for group, settings in zip(
-                optimizer.param_groups, groups, strict=False
-            ):  # groups may have been added since
-                group.update(copy.deepcopy(settings))
+            added = {
+                p: state for p, state in optimizer.state.items() if isinstance(p, Tensor) and p not in self._weights
+            }
+            optimizer.state.clear()
+            optimizer.state.update({p: _copy(state) for p, state in states.items()} | added)
+            for group, settings in zip(optimizer.param_groups, groups, strict=False):
+                for key in group.keys() - settings.keys() - {"params"}:
+                    del group[key]
+                group.update(_copy(settings))
         for scheduler, state in zip(self._schedulers, self._schedules, strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
 
 
+def _find_nested(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Optimizers, and those that they hold as attributes."""
+    found: dict[Optimizer, None] = {}
+    waiting = list(optimizers)[::-1]
+    while waiting:
+        optimizer = waiting.pop()
+        if optimizer not in found:
+            found[optimizer] = None
+            waiting += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    return list(found)
+
+
+def _copy(value: Any) -> Any:
+    """A copy in which parameters are the same objects, and no tensor belongs to a graph."""
+
+    def copy_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf if isinstance(leaf, nn.Parameter) else leaf.detach().clone()
+        return copy.deepcopy(leaf)
+
+    return tree_map(copy_leaf, value)
+
+
 def _copy_settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+    return {key: _copy(value) for key, value in group.items() if key != "params"}
 
 
 def find_owners(model: nn.Module) -> list[nn.Module]:

@@ -2,49 +2,55 @@
 
     forward          note the batch and the buffers, so that a step that fails can be explained and leaves no trace
     backward         of loss * scale / accumulate; sum the micro-batches until `accumulate` of them are in
-    check            one reduction over gradients and losses
+    check            one reduction over gradients and losses; what one process finds holds for all that train together
     not finite       name the guilty, put the buffers back, lower the scale, ask the recovery policy
     finite           clip, unscale and update in one factor, chunk by chunk on the fp32 truth; then the schedulers
 
 Every call returns a StepOutcome: applied, skipped or accumulated, and why. A skipped step changes nothing but the loss
 scale and the counters of skips: weights, optimizer states, buffers, schedules and averages are as before it.
+
+`window` collects and checks; the room `stepping` holds the rest: the optimizers as one, closures, gradient release, what is
+kept against steps that go on failing, and what `prepare` refuses.
 """
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from halfstep.control.controller import Decision, Observation, Recovery, RecoveryRule, decide
+from halfstep.control.controller import Decision, Recovery, RecoveryRule, find_policy
 from halfstep.control.sensitivity import choose_plan
-from halfstep.conversion import Conversion, convert, draft_conversion
-from halfstep.errors import HalfstepError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
+from halfstep.conversion import convert, draft_conversion
+from halfstep.distributed import Ranks, is_inside_wrapper
+from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError
 from halfstep.machine.hardware import get_profile
-from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
-from halfstep.mechanisms.master_weights import PARAMETERWISE, match_states
-from halfstep.mechanisms.optimizer_states import NarrowStates
-from halfstep.numerics.formats import find_format
-from halfstep.plan import PRESETS, Plan, Rule
-from halfstep.records import HardwareProfile, PlanRecord, Stall, StepOutcome
+from halfstep.plan import PRESETS, Plan
+from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
 from halfstep.snapshot import Snapshot
-from halfstep.window import ABOUT_DATA, NO_GRADIENT, SIXTEEN_BITS, Finding, Noting, Window, lay_out_like
-
-FIRST_WATCHES, WATCH_EVERY = (10, 20), 500
-"""Updates in which it is looked whether weights move: after the optimizer's moments have filled, and now and then."""
-
-
-class _NotFiniteError(Exception):
-    """Leaves an optimizer that is in the middle of evaluating a closure."""
+from halfstep.stepping.agreement import agree_on_finding
+from halfstep.stepping.closures import ClosureStep
+from halfstep.stepping.gradient_release import Release
+from halfstep.stepping.optimizers import Optimizers
+from halfstep.stepping.options import (
+    Options,
+    require_alone,
+    require_plan,
+    require_possible,
+    require_trainable,
+    require_whole,
+    take_several,
+)
+from halfstep.stepping.rescue import Rescue, widen_layer
+from halfstep.stepping.stalls import StallReports
+from halfstep.window import Finding, Window
 
 
 class Stepper:
@@ -57,47 +63,23 @@ class Stepper:
         ['accumulated', 'applied']
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: tuple[Optimizer, ...],
-        *,
-        accumulate: int,
-        clip: float | None,
-        schedulers: tuple[LRScheduler, ...],
-        averages: tuple[AveragedModel, ...],
-        release: bool,
-        profile: HardwareProfile | None,
-    ) -> None:
-        self.model, self.optimizers, self.schedulers, self.averages = model, optimizers, schedulers, averages
-        self.accumulate, self.clip = accumulate, clip
+    def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...], options: Options) -> None:
+        self.model, self.optimizers, self.options = model, optimizers, options
+        self.accumulate, self.schedulers = options.accumulate, options.schedulers
         self.applied = 0  # optimizer steps that moved the weights
         self.skipped = 0
         self.outcome: StepOutcome | None = None  # of the last call of step()
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
-        self.recovery_rule = RecoveryRule()
-        self._recovery = Recovery()
-        self._good: tuple[int, Snapshot] | None = None  # applied steps and state to roll back to
-        self._profile = profile
-        self._states: dict[Optimizer, NarrowStates] = {}  # of a plan with states in 8 bits
-        self._stalls: tuple[str, ...] = ()  # to be said in the next outcome
-        self._stalled_before: set[str] = set()
-        self._warned: set[str] = set()
+        self.conversion = convert(model, PRESETS["32-true"])
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
-        self._window = Window(model, optimizers)
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
-        self._incoming: dict[str, Any] = {}  # optimizer state on its way in
-        self.conversion = convert(model, PRESETS["32-true"])
-        self.release = release  # gradients, each as soon as it is there
-        self._left_out: set[nn.Parameter] = set()  # whose gradient was not finite when it was released
-        self._norms: list[float] = []  # of the gradients that were released
+        self._optimizers, self._rescue, self._stalls = Optimizers(optimizers), Rescue(), StallReports()
+        self._window = Window(model, optimizers)
+        self._window.when_loaded = self._rescue.forget_state
         self._hooks = ExitStack()
-        for optimizer in optimizers:
-            self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
-            self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
+        self._hooks.callback(self._optimizers.close)
         self._hooks.enter_context(self._window.watch())
-        self._window.when_loaded = self._drop_good_state
 
     def __repr__(self) -> str:
         plan = "auto, not chosen yet" if self._waiting else self.plan.name or "a plan of its own"
@@ -116,6 +98,20 @@ class Stepper:
     def scale(self) -> float:
         """The factor that the next loss is multiplied by."""
         return self._scale.scale
+
+    @property
+    def recovery_rule(self) -> RecoveryRule:
+        """The numbers of the recovery policy; may be set."""
+        return self._rescue.rule
+
+    @recovery_rule.setter
+    def recovery_rule(self, rule: RecoveryRule) -> None:
+        self._rescue.rule = rule
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that this one takes its steps with."""
+        return self.options.find_ranks()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -137,14 +133,14 @@ class Stepper:
             without calling backward. `step(closure=f)` for LBFGS; `step(loss, closure=f)` for those that start from
             gradients already there, as SAM does.
 
-        Raises ModelError when the loss has no graph or is not one number, TrainingError when the recovery policy ends
-        the run; the weights are those of the last applied step then.
+        Raises ModelError when the loss has no graph or is not one number, and when several processes have different
+        gradients; TrainingError when the recovery policy ends the run; the weights are those of the last applied step then.
         """
         if closure is not None:
             return self._step_by_closure(loss, closure)
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
+        if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ModelError("LBFGS evaluates the loss itself; call step(closure=f), where f() returns the loss")
-        if self.release:
+        if self.options.release:
             return self._step_released(loss)
         self._window.go_backward(loss, self.scale / self.accumulate)
         if self._window.micro < self.accumulate:
@@ -164,89 +160,65 @@ class Stepper:
             self._window.collect()
         before, gradients = self.scale, self._window.take_gradients()
         lift = before * self._window.micro / self.accumulate  # of the gradients above those of the mean
-        finding = self._window.inspect(gradients, lift, self.conversion.autocast)
+        with self._window.dropped_on_error():
+            finding = self._agree(self._window.inspect(gradients, lift, self.conversion.autocast))
         if not finding.cause:
-            self._keep_good_state()
+            self._rescue.keep_if_due(self.applied, self._take_snapshot)
+            watch = self._stalls.is_due(self.applied + 1)
             try:
-                with self._at_reduced_rate():
-                    self._update(gradients, self._clip(finding.norm) / lift)
+                with self._optimizers.at_rate(self._rescue.rate):
+                    stalls = self._optimizers.step(gradients, self._clip(finding.norm) / lift, watch=watch)
+                if watch:
+                    self._stalls.note(stalls, stacklevel=4)
                 self._advance()
             except BaseException:
                 self._window.clear()
                 raise
         return self._settle(finding, before)
 
-    def _release(self, optimizer: Optimizer, hooks: ExitStack) -> None:
-        """Have each parameter updated in the backward pass, as soon as its gradient is there."""
-
-        def update(parameter: Tensor) -> None:
-            gradient, held = parameter.grad, cast(nn.Parameter, parameter)
-            if gradient is None:
-                return
-            norm = measure_norm([gradient])[0]
-            if not math.isfinite(norm) and find_nonfinite({held: gradient}):
-                self._left_out.add(held)
-                parameter.grad = None
-                return
-            self._norms.append(norm if math.isfinite(norm) else measure_norm_slowly([gradient]))
-            with self._at_reduced_rate():
-                self._step_masters(optimizer, {held: gradient}, 1.0)
-
-        for parameter in [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]:
-            hooks.callback(parameter.register_post_accumulate_grad_hook(update).remove)
-
     def _step_released(self, loss: Tensor | None) -> StepOutcome:
-        """A loss that is not finite is seen before anything moves; a gradient that is not leaves out its parameter alone."""
-        self._left_out, self._norms = set(), []
+        require_alone(self.ranks)
         finding = self._window.inspect_loss(loss, self.conversion.autocast)
-        if finding.cause:
-            return self._settle(finding, 1.0)
-        self._keep_good_state()
-        with ExitStack() as hooks:
-            for optimizer in self.optimizers:
-                self._release(optimizer, hooks)
-            self._window.go_backward(loss, 1.0)
-        finding = Finding(norm=math.hypot(*self._norms), tensors=self._window.name_tensors(self._left_out))
-        if self._norms:
-            self._advance()
-        elif finding.tensors:
-            finding = replace(finding, cause="no gradient is finite", nonfinite=True)
-        else:
-            finding = replace(finding, cause=NO_GRADIENT)
+        if not finding.cause:
+            self._rescue.keep_if_due(self.applied, self._take_snapshot)
+            with self._optimizers.at_rate(self._rescue.rate):
+                finding = Release(self._window, self._optimizers).go_backward(loss)
+            if not finding.cause:
+                self._advance()
         return self._settle(finding, 1.0)
+
+    def _step_by_closure(self, loss: Tensor | None, closure: Callable[[], Tensor]) -> StepOutcome:
+        """One bad evaluation undoes the whole step."""
+        require_whole(self.options, self.optimizers)
+        self._let_auto_choose(closure)
+        snapshot, before, is_due = self._take_snapshot(), self.scale, self._rescue.needs_state(self.applied)
+        step = ClosureStep(
+            window=self._window, optimizers=self._optimizers, masters=self.conversion.masters, autocast=self.autocast,
+            scale=before, clip=self._clip, agree=self._agree, average=self.ranks.average,
+        )  # fmt: skip
+        try:
+            with self._optimizers.at_rate(self._rescue.rate):
+                finding = step.take(loss, closure)
+            if not finding.cause:
+                if is_due:
+                    self._rescue.keep_state(self.applied, snapshot)
+                self._advance()
+        except BaseException:
+            snapshot.put_back()
+            self._window.clear()
+            raise
+        if finding.cause:
+            snapshot.put_back()
+            self._window.clear()
+        return self._settle(finding, before)
+
+    def _agree(self, finding: Finding) -> Finding:
+        """What this process found -> what all found that train together."""
+        return agree_on_finding(finding, self.ranks, next(self.model.parameters()).device)
 
     def _clip(self, norm: float) -> float:
         """The factor that clips, as torch.nn.utils.clip_grad_norm_ does."""
-        return 1.0 if self.clip is None else min(1.0, self.clip / (norm + 1e-6))
-
-    def _update(self, gradients: dict[nn.Parameter, Tensor], factor: float) -> None:
-        number = self.applied + 1
-        watch = number in FIRST_WATCHES or number % WATCH_EVERY == 0
-        stalls: list[Stall] = []
-        for optimizer in self.optimizers:
-            own = [p for group in optimizer.param_groups for p in group["params"]]
-            share = {p: gradients.pop(p) for p in own if p in gradients}
-            if share:
-                stalls += self._step_masters(optimizer, share, factor, watch=watch)
-        if watch:
-            self._report(stalls)
-
-    def _step_masters(
-        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float, *, watch: bool = False
-    ) -> tuple[Stall, ...]:
-        states = self._states.get(optimizer)
-        around = states.widened if states else None
-        return self.conversion.masters.step(optimizer, gradients, factor, watch=watch, around=around)
-
-    def _report(self, stalls: list[Stall]) -> None:
-        """Warn once of a group that stalls twice running: once is what a warm-up does."""
-        names = {f"{stall.group} {stall.storage} {stall.master}": stall for stall in stalls}
-        self._stalls = tuple(str(stall) for name, stall in names.items() if name in self._stalled_before)
-        self._stalled_before = set(names)
-        for name, stall in names.items():
-            if str(stall) in self._stalls and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(str(stall), StallWarning, stacklevel=5)
+        return 1.0 if self.options.clip is None else min(1.0, self.options.clip / (norm + 1e-6))
 
     def _advance(self) -> None:
         """What moves when the weights did."""
@@ -254,9 +226,9 @@ class Stepper:
         torch.clear_autocast_cache()  # which holds converted weights as long as a block around several steps is open
         for scheduler in self.schedulers:
             scheduler.step()
-        if self.averages:
+        if self.options.averages:
             with self.conversion.widened():
-                for average in self.averages:
+                for average in self.options.averages:
                     average.update_parameters(self.model)
 
     def _settle(self, finding: Finding, before: float) -> StepOutcome:
@@ -268,12 +240,7 @@ class Stepper:
         failed_backward = finding.nonfinite and not finding.forward_nonfinite
         if failed_backward or not finding.cause:  # of a bad forward pass, and of no gradient, the scale is not guilty
             self._scale = adjust(self._scale, self._rule, found_nonfinite=failed_backward)
-        mendable = can_fall or not finding.nonfinite
-        layer = "" if finding.layer.startswith("(") else finding.layer  # the input, or the model's own code
-        seen = Observation(applied=not finding.cause, cause=finding.cause, layer=layer,
-                           forward_nonfinite=finding.forward_nonfinite, data_nonfinite=finding.layer in ABOUT_DATA,
-                           scale_can_fall=mendable)  # fmt: skip
-        self._recovery, decision = decide(self._recovery, self.recovery_rule, seen)
+        decision = self._rescue.judge(finding, scale_can_fall=can_fall)
         self._window.clear()
         if decision.action:
             decision = self._recover(decision, finding)
@@ -287,30 +254,22 @@ class Stepper:
         return outcome
 
     def _conclude(
-        self, status: Any, before: float, finding: Finding | None = None, decision: Decision | None = None
+        self,
+        status: Literal["applied", "skipped", "accumulated"],
+        before: float,
+        finding: Finding | None = None,
+        decision: Decision | None = None,
     ) -> StepOutcome:
         outcome = StepOutcome(status=status, step=self.applied, scale_before=before, scale_after=self.scale)
         if finding:
             outcome = replace(outcome, cause=finding.cause, tensors=finding.tensors, gradient_norm=finding.norm,
                               layer=finding.layer, forward_nonfinite=finding.forward_nonfinite)  # fmt: skip
         if status == "applied":
-            outcome, self._stalls = replace(outcome, stalls=self._stalls), ()
+            outcome = replace(outcome, stalls=self._stalls.take())
         if decision and decision.action:
             outcome = replace(outcome, recovery=f"{decision.action}: {decision.why}")
         self.outcome = outcome
         return outcome
-
-    def _keep_good_state(self) -> None:
-        """Before an update whose gradients are finite, now and then: the state to roll back to."""
-        if self._needs_good_state():
-            self._good = self.applied, self._take_snapshot()
-
-    def _drop_good_state(self) -> None:
-        self._good = None
-
-    def _needs_good_state(self) -> bool:
-        due = self._good is None or self.applied - self._good[0] >= self.recovery_rule.every
-        return due and self.recovery_rule.policy == "roll-back"
 
     def _take_snapshot(self) -> Snapshot:
         snapshot = Snapshot(self.model, self.conversion.masters, self.optimizers, self.schedulers)
@@ -319,57 +278,53 @@ class Stepper:
 
     def _recover(self, decision: Decision, finding: Finding) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
-        if decision.action == "back-off":
-            decision = replace(
-                decision, why=f"{decision.why}; learning rates are now multiplied by {self._recovery.rate:g}"
-            )
-        elif decision.action == "roll-back" and self._good is not None:
-            applied, snapshot = self._good
-            snapshot.put_back()
-            decision = replace(decision, why=f"{decision.why}; from applied step {self.applied} to {applied}")
-            self.applied = applied
-        elif decision.action == "roll-back":
-            decision = replace(decision, action="stop", why=f"{decision.why}; there is no good state to go back to")
-        elif decision.action == "widen":
-            try:
-                layers = self._widen(finding.layer, decision.why)
-                decision = replace(decision, why=f"{decision.why}; now in fp32: {', '.join(layers)}")
-            except HalfstepError as error:
-                decision = replace(decision, action="stop", why=f"{decision.why}; it cannot be widened: {error}")
-        return decision
+        why = decision.why
+        match decision.action:
+            case "back-off":
+                why += f"; learning rates are now multiplied by {self._rescue.rate:g}"
+            case "roll-back":
+                applied = self._rescue.roll_back()
+                if applied is None:
+                    return Decision(action="stop", why=f"{why}; there is no good state to go back to")
+                why += f"; from applied step {self.applied} to {applied}"
+                self.applied = applied
+            case "widen":
+                try:
+                    why += f"; now in fp32: {', '.join(self._widen(finding.layer, why))}"
+                except HalfstepError as error:
+                    return Decision(action="stop", why=f"{why}; it cannot be widened: {error}")
+        return replace(decision, why=why)
 
     def _widen(self, layer: str, why: str) -> list[str]:
         """Put a layer into fp32, and those that share its weights."""
-        modules = dict(self.model.named_modules())
-        if layer not in modules:
-            raise PlanError(f"what failed first is '{layer}', which is no layer of its own")
-        if self.conversion.table[layer].compute == "fp32":
-            raise PlanError(f"'{layer}' runs in fp32 already")
-        own = set(modules[layer].parameters(recurse=False))
-        layers = [
-            path for path, module in modules.items() if path == layer or own & set(module.parameters(recurse=False))
-        ]
-        rules = tuple(Rule(path=path, compute="fp32", storage="fp32", master="none", why="widened") for path in layers)
-        scale = self._scale
+        rules, scale = widen_layer(self.model, self.conversion, layer), self._scale
         self._adopt(replace(self.plan, rules=(*rules, *self.plan.rules)), f"widened: {why}")
         self._scale = scale
-        return layers
+        return [rule.path for rule in rules]
 
-    @contextmanager
-    def _at_reduced_rate(self) -> Iterator[None]:
-        """Learning rates times what the recovery policy leaves of them; schedulers never see it."""
-        if self._recovery.rate == 1.0:
-            yield
-            return
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups if "lr" in group]
-        rates = [group["lr"] for group in groups]
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * self._recovery.rate
-        try:
-            yield
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
+    def wait_for_batch(self) -> None:
+        """Choose the plan when the first training batch arrives, just before the model sees it.
+
+        Of several processes all take the plan of the first.
+        """
+
+        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not module.training or not torch.is_grad_enabled():
+                return
+            if is_inside_wrapper():
+                raise ModelError(
+                    "'auto' may change the format of weights, for which DistributedDataParallel has its buffers already: "
+                    "run one training batch through stepper.model before you wrap it, or give prepare() a plan"
+                )
+            self._stop_waiting()
+            profile = self.options.profile or get_profile(self.conversion.device_type)
+            choice = choose_plan(module, args, kwargs, profile=profile)
+            plan = Plan.parse(self.ranks.gather(str(choice.plan))[0])
+            self._adopt(plan, choice.why, choice.seconds)
+            if self._around is not None:
+                self._around.enter_context(self.conversion.autocast())
+
+        self._waiting = self.model.register_forward_pre_hook(choose, with_kwargs=True)
 
     def _let_auto_choose(self, closure: Callable[[], Tensor]) -> None:
         """It does so in a forward pass, which must not be one in the middle of an update."""
@@ -378,75 +333,6 @@ class Stepper:
                 closure()
             self._window.put_back()
             self._window.clear()
-
-    def _step_by_closure(self, loss: Tensor | None, closure: Callable[[], Tensor]) -> StepOutcome:
-        """Hand an optimizer a closure that evaluates under the plan; one bad evaluation undoes the whole step."""
-        if self.accumulate > 1 or len(self.optimizers) > 1:
-            raise ModelError(
-                "a closure needs one optimizer and accumulate=1: it evaluates the whole loss again and again"
-            )
-        self._let_auto_choose(closure)
-        masters, before, finding = self.conversion.masters, self.scale, Finding()
-        snapshot, applied, is_due = self._take_snapshot(), self.applied, self._needs_good_state()
-
-        def take() -> dict[nn.Parameter, Tensor]:
-            """The gradients of what has just gone backward, checked, unscaled and clipped, in full precision."""
-            nonlocal finding
-            gradients = self._window.take_gradients()
-            finding = self._window.inspect(gradients, before, self.conversion.autocast)
-            self._window.clear()
-            if finding.cause:
-                raise _NotFiniteError
-            factor = self._clip(finding.norm) / before
-            return {p: (g.to(torch.float32) if p in masters else g) * factor for p, g in gradients.items()}
-
-        def evaluate() -> float:
-            self._window.clear()
-            with masters.narrowed(), torch.enable_grad():
-                with self.autocast():
-                    value = closure()
-                self._window.go_backward(value, self.scale)
-                gradients = take()
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            return float(value.detach())
-
-        try:
-            if loss is not None:
-                self._window.go_backward(loss, self.scale)
-            first = take() if loss is not None else {}
-            with ExitStack() as stack:
-                for states in self._states.values():
-                    stack.enter_context(states.widened(self._window.held))
-                stack.enter_context(masters.widened())
-                stack.enter_context(self._at_reduced_rate())
-                for parameter, gradient in first.items():
-                    parameter.grad = gradient
-                self.optimizer.step(evaluate)
-            self._advance()
-            if is_due:
-                self._good = applied, snapshot
-        except BaseException as error:
-            snapshot.put_back()
-            self._window.clear()
-            if not isinstance(error, _NotFiniteError):
-                raise
-        return self._settle(finding, before)
-
-    def wait_for_batch(self) -> None:
-        """Choose the plan when the first training batch arrives, just before the model sees it."""
-
-        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not module.training or not torch.is_grad_enabled():
-                return
-            self._stop_waiting()
-            profile = self._profile or get_profile(self.conversion.device_type)
-            choice = choose_plan(module, args, kwargs, profile=profile)
-            self._adopt(choice.plan, choice.why, choice.seconds)
-            if self._around is not None:
-                self._around.enter_context(self.conversion.autocast())
-
-        self._waiting = self.model.register_forward_pre_hook(choose, with_kwargs=True)
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:
@@ -466,67 +352,38 @@ class Stepper:
             self._window.load_state_dict(window, self.scale / before)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
+        plan = replace(plan, recovery=self.options.recovery or plan.recovery)
         before, noise = self.conversion.plan, self.conversion.masters.state_dict()
         self.conversion.undo()
         try:
             drafted = draft_conversion(self.model, plan)
-            self._require_eps(drafted)
-            if self.release and plan.loss_scale == "dynamic":
-                raise UnsupportedError(
-                    "release=True updates weights before an overflow is known; use another loss_scale"
-                )
+            require_plan(plan, drafted, self.options, self.optimizers)
             drafted.apply()
         except Exception:
             self.conversion = convert(self.model, before)
             self.conversion.masters.load_state_dict(noise)
+            self._optimizers.masters = self.conversion.masters
             raise
         self.conversion = drafted
         self.conversion.masters.load_state_dict(noise)
-        self._narrow_states(False)
-        self._match_states()
-        self._narrow_states(plan.states == "8-bit")
-        self._good = None
-        self.recovery_rule = replace(self.recovery_rule, policy=plan.recovery)  # type: ignore[arg-type]  # Plan has checked it
+        self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
+        self._rescue.forget_state()
+        self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         self.plan_record = PlanRecord(
             step=self.applied, plan=str(plan), layers=self.conversion.describe(), why=why, seconds=seconds
         )
 
-    def _narrow_states(self, narrow: bool) -> None:
-        for states in self._states.values():
-            states.undo()
-        self._states = {optimizer: NarrowStates(optimizer) for optimizer in self.optimizers} if narrow else {}
-
-    def _match_states(self) -> None:
-        """Optimizer states follow the precision that the optimizer sees: fp32 where a truth is kept."""
-        for optimizer in self.optimizers:
-            for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
-                seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
-                match_states(optimizer, parameter, seen)
-
-    def _require_eps(self, drafted: Conversion) -> None:
-        """fp16(1e-8) is 0: an optimizer that keeps fp16 states with it divides 0 by 0."""
-        fp16 = find_format("fp16")
-        narrow = {p for p, s in drafted.storage.items() if s.storage == "fp16" and s.master == "none"}
-        for optimizer, group in ((o, group) for o in self.optimizers for group in o.param_groups):
-            eps = group.get("eps")
-            if eps is not None and eps < fp16.smallest_subnormal and narrow.intersection(group["params"]):
-                raise UnsupportedError(
-                    f"{type(optimizer).__name__} has eps={eps:g}, which is 0 in fp16, and the plan keeps no fp32 "
-                    f"master; give eps >= {fp16.smallest_subnormal:.2g} (1e-4 is usual), or master=fp32 in the plan"
-                )
-
     def restore(self) -> nn.Module:
         """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""
         self._stop_waiting()
         self._hooks.close()
         self._window.clear()
-        self._good = None
+        self._rescue.forget_state()
         self.conversion.undo()
         self.conversion = convert(self.model, PRESETS["32-true"])
-        self._narrow_states(False)
-        self._match_states()
+        self._optimizers.follow(self.conversion.masters)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -538,7 +395,7 @@ class Stepper:
         return {
             "plan": str(self.plan) if self._waiting is None else None,
             "loss_scale": asdict(self._scale),
-            "recovery": asdict(self._recovery),
+            "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
             "applied": self.applied,
             "skipped": self.skipped,
@@ -563,33 +420,16 @@ class Stepper:
                 )
             )
         self._window.clear()
-        self._good = None
+        self._rescue.forget_state()
         if state["plan"] is not None and state["plan"] != str(self.plan):
             self.adopt(Plan.parse(state["plan"]), "restored")
         if state["plan"] is not None:
             self._stop_waiting()
         self._scale = LossScale(**state["loss_scale"])
-        self._recovery = Recovery(**state.get("recovery", {}))
+        self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)
-
-    def _before_load(self, _optimizer: Optimizer, state: dict[str, Any]) -> None:
-        self._incoming = state
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        """Optimizer.load_state_dict has cast states to the 16 bits of their parameter, and left them the strides they were
-        saved with: take them again, as the optimizer sees the parameter."""
-        for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
-            for index, parameter in zip(saved["params"], group["params"], strict=True):
-                seen = torch.float32 if parameter in self.conversion.masters else parameter.dtype
-                for key, value in self._incoming["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
-                        dtype = seen if value.is_floating_point() else value.dtype
-                        optimizer.state[parameter][key] = lay_out_like(parameter, value, dtype)
-        self._incoming = {}
-        if optimizer in self._states:
-            self._states[optimizer].narrow(optimizer.state)
 
 
 def prepare(  # noqa: PLR0913  (one entry for everything about a step)
@@ -603,11 +443,13 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     averages: AveragedModel | Iterable[AveragedModel] = (),
     release: bool = False,
     profile: HardwareProfile | None = None,
+    recovery: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Stepper:
     """Make a model and its optimizer train under a plan.
 
     Args:
-        model: an fp32 module.
+        model: an fp32 module. To train it in several processes, wrap `stepper.model` afterwards.
         optimizer: any torch optimizer over its parameters, or several that share them out.
         plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
             path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it.
@@ -620,6 +462,10 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
             gradients never exist together. Without accumulation, clipping or a dynamic loss scale, and only for
             optimizers that treat parameters one by one. A gradient that is not finite leaves out its own parameter.
         profile: the machine as measured; "auto" reads the cached one, or probes for three seconds.
+        recovery: what is done about failures that come back, in place of what the plan says: "skip", "back-off", "roll-back",
+            "widen" or "stop", as `control.controller` defines them.
+        ranks: the processes that train this model together, which agree on every step: all of them where torch.distributed
+            is initialised, a `distributed.Group(process_group)`, or `distributed.Alone()`.
 
     Examples:
         >>> model = nn.Linear(4, 1)
@@ -631,33 +477,15 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
 
     Raises ModelError when there is nothing to train, PlanError, FormatError or UnsupportedError for the plan.
     """
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer) if _is_many(optimizer) else ()
-    _require_trainable(model, optimizers, optimizer)
-    if not isinstance(accumulate, int) or accumulate < 1 or (clip is not None and not clip > 0):
-        raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
-    if release and (accumulate > 1 or clip is not None or any(type(o) not in PARAMETERWISE for o in optimizers)):
-        raise ModelError(
-            "release=True needs accumulate=1, no clip, and optimizers that treat parameters one by one "
-            f"({', '.join(sorted(kind.__name__ for kind in PARAMETERWISE))})"
-        )
-    chosen = [schedulers] if isinstance(schedulers, LRScheduler) else list(schedulers)
-    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in chosen):
-        raise ModelError("ReduceLROnPlateau needs a metric; leave it out and step it yourself after each evaluation")
-    means: tuple[AveragedModel, ...] = (averages,) if isinstance(averages, AveragedModel) else tuple(averages)
-    if any(p.dtype in SIXTEEN_BITS for mean in means for p in mean.parameters()):
-        raise ModelError(
-            "an AveragedModel has 16-bit weights: it was made from a converted model; make it before prepare()"
-        )
-    stepper = Stepper(
-        model,
-        optimizers,
-        accumulate=accumulate,
-        clip=clip,
-        schedulers=tuple(chosen),
-        averages=means,
-        release=release,
-        profile=profile,
-    )
+    optimizers: tuple[Any, ...] = take_several(optimizer, Optimizer)
+    require_trainable(model, optimizers, optimizer)
+    options = Options(
+        accumulate=accumulate, clip=clip, release=release, profile=profile, ranks=ranks,
+        schedulers=take_several(schedulers, LRScheduler), averages=take_several(averages, AveragedModel),
+        recovery=None if recovery is None else find_policy(recovery),
+    )  # fmt: skip
+    require_possible(options, model, optimizers)
+    stepper = Stepper(model, optimizers, options)
     try:
         if plan == "auto":
             stepper.wait_for_batch()
@@ -667,31 +495,6 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         stepper.restore()
         raise
     return stepper
-
-
-def _require_trainable(model: nn.Module, optimizers: tuple[Optimizer, ...], given: object) -> None:
-    """Raises ModelError unless the optimizers move some of the model's parameters, each by one of them."""
-    if not isinstance(model, nn.Module) or not all(isinstance(o, Optimizer) for o in optimizers) or not optimizers:
-        raise ModelError(
-            f"prepare takes a module and an optimizer, or several; got {type(model).__name__} and {type(given).__name__}"
-        )
-    if any(isinstance(hook, Noting) and hook.window for hook in model._forward_pre_hooks.values()):
-        raise ModelError("the model is prepared already; go on with its stepper, or call restore() on that first")
-    trainable = {p for p in model.parameters() if p.requires_grad}
-    if not trainable:
-        raise ModelError(f"{type(model).__name__} has no trainable parameters; set requires_grad on some of them")
-    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    if not trainable & set(held):
-        raise ModelError(
-            f"the optimizer holds none of the {len(trainable)} trainable parameters of {type(model).__name__}; "
-            "make it from model.parameters()"
-        )
-    if len(set(held)) < len(held):
-        raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
-
-
-def _is_many(optimizer: object) -> bool:
-    return isinstance(optimizer, Iterable) and not isinstance(optimizer, nn.Module | Tensor | type)
 
 
 def read_plan(plan: Plan | str) -> Plan:

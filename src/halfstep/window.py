@@ -6,8 +6,8 @@ reduction over gradients and losses.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
+from halfstep.distributed import communicates
 from halfstep.errors import ModelError
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly, take_values
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
@@ -89,18 +90,27 @@ class Window:
             self._has_strangers = _reaches_strangers(loss, {*self.names, *self.held})
         # another model's gradients stay its own business, as in the generator's step of a GAN
         inputs = [p for p in self.held if p.requires_grad] if self._has_strangers else None
-        try:
-            (loss.to(torch.float32) * factor).backward(inputs=inputs)
-        except BaseException as error:
-            put_back_buffers(self.buffers)
-            self.clear()
-            if isinstance(error, RuntimeError) and "a second time" in str(error):
+        with self.dropped_on_error():
+            try:
+                (loss.to(torch.float32) * factor).backward(inputs=inputs)
+            except RuntimeError as error:
+                if "a second time" not in str(error):
+                    raise
                 raise ModelError(
                     "the loss has been through a backward pass already; step() makes it itself: leave out loss.backward()"
                 ) from None
-            raise
         self._losses.append(loss.detach())
         self.micro += 1
+
+    @contextmanager
+    def dropped_on_error(self) -> Iterator[None]:
+        """An error inside the block drops the window, and everything is as before it."""
+        try:
+            yield
+        except BaseException:
+            self.put_back()
+            self.clear()
+            raise
 
     def _require_no_gradients(self) -> None:
         """What is there at the start of a window would be added to, and divided by the scale."""
@@ -163,7 +173,7 @@ class Window:
 
     def _find_guilty(self, micro: int, autocast: Callable[[], AbstractContextManager[Any]]) -> str | None:
         """The layer where a bad forward pass went wrong, by running it again; None where that cannot be told."""
-        if micro not in self._inputs:
+        if micro not in self._inputs or communicates(self.model):
             return None
         if any(isinstance(v, Tensor) and not v.numel() for v in tree_leaves(self._inputs[micro])):
             return "(empty)"

@@ -17,10 +17,26 @@ Pure: the same observations give the same decisions, so a stored run can be repl
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
+
+from halfstep.errors import PlanError, describe_unknown
 
 Policy = Literal["skip", "back-off", "roll-back", "widen", "stop"]
 Action = Literal["", "back-off", "roll-back", "widen", "stop"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+def find_policy(word: str) -> Policy:
+    """The policy of that name. Raises PlanError, naming the nearest one.
+
+    Examples:
+        >>> find_policy("roll-back")
+        'roll-back'
+    """
+    for policy in POLICIES:
+        if policy == word:
+            return policy
+    raise PlanError(describe_unknown("recovery", word, POLICIES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from halfstep.errors import ModelError, TrainingError
 from halfstep.mechanisms.loss_scale import LossScaleRule, adjust_tensors
 from halfstep.records import StepOutcome
+from halfstep.snapshot import Snapshot
 
 LARGEST = 2.0**126
 """Bound of floor and ceiling, up and down: the scale and its reciprocal are normal fp32 numbers."""
@@ -247,15 +247,15 @@ class GradScaler(torch.amp.GradScaler):
             args = (functools.partial(self._evaluate, optimizer, args[0]), *args[1:])
         result: float | None = None
         tensors: tuple[str, ...] | None = None
-        before = _Snapshot(optimizer)
+        before = Snapshot(optimizers=[optimizer])
         try:
             self._require_finite(optimizer)
             result = optimizer.step(*args, **kwargs)
         except _NonFiniteError as error:
-            before.restore()
+            before.put_back()
             tensors = error.tensors
         except BaseException:
-            before.restore()
+            before.put_back()
             raise
         self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
         self._memory.mark_left(optimizer)
@@ -498,44 +498,6 @@ class _Memory:
     def has_new_gradients(self, optimizer: Optimizer) -> bool:
         left = self.left.get(optimizer, {})
         return any(p not in left or not left[p].is_unchanged() for _, p in self.find_gradients(optimizer))
-
-
-class _Snapshot:
-    """Weights, states and settings of an optimizer and of those that it wraps."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        optimizers = _find_nested(optimizer)
-        groups = [group for one in optimizers for group in one.param_groups]
-        self.weights = {p: p.detach().clone() for group in groups for p in group["params"]}
-        self.states = [(one.state, {p: _copy(state) for p, state in one.state.items()}) for one in optimizers]
-        self.groups = [(group, {k: v if k == "params" else _copy(v) for k, v in group.items()}) for group in groups]
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for parameter, weight in self.weights.items():
-                parameter.copy_(weight)
-        for state, kept in self.states:
-            state.clear()
-            state.update(kept)
-        for group, settings in self.groups:
-            group.clear()
-            group.update(settings)
-
-
-def _find_nested(optimizer: Optimizer, seen: tuple[Optimizer, ...] = ()) -> tuple[Optimizer, ...]:
-    """An optimizer and those that it holds as attributes, as SAM and Lookahead do."""
-    if optimizer in seen:
-        return seen
-    seen = (*seen, optimizer)
-    for value in vars(optimizer).values():
-        if isinstance(value, Optimizer):
-            seen = _find_nested(value, seen)
-    return seen
-
-
-def _copy(value: Any) -> Any:
-    """Containers and tensors within are new; parameters and everything else stay the same objects."""
-    return tree_map_only(Tensor, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone(), value)
 
 
 def _add_up(found: Iterable[Tensor], device: torch.device) -> Tensor | None:

@@ -1,0 +1,124 @@
+"""The optimizers of a stepper, taken as one.
+
+Their states follow the plan: in the precision that the optimizer sees a parameter in, which is fp32 where a truth is kept,
+and in 8 bits between the steps where the plan says so. States that are loaded are brought to the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from halfstep.mechanisms.master_weights import MasterWeights, match_states
+from halfstep.mechanisms.optimizer_states import NarrowStates
+from halfstep.records import Stall
+from halfstep.window import lay_out_like
+
+
+class Optimizers:
+    """Steps several optimizers, each on its own parameters, as their masters have them.
+
+    Examples:
+        >>> layer = nn.Linear(2, 1)
+        >>> optimizers = Optimizers((torch.optim.SGD(layer.parameters(), lr=0.5),))
+        >>> before = layer.bias.item()
+        >>> with optimizers.at_rate(0.5):
+        ...     _ = optimizers.step({layer.bias: torch.tensor([4.0])}, 1.0)
+        >>> round(before - layer.bias.item(), 3)
+        1.0
+    """
+
+    def __init__(self, optimizers: tuple[Optimizer, ...]) -> None:
+        self.all = optimizers
+        self.masters = MasterWeights()
+        self._states: dict[Optimizer, NarrowStates] = {}  # of a plan with states in 8 bits
+        self._incoming: dict[str, Any] = {}  # state on its way in
+        self._hooks = ExitStack()
+        for optimizer in optimizers:
+            self._hooks.callback(optimizer.register_load_state_dict_pre_hook(self._before_load).remove)
+            self._hooks.callback(optimizer.register_load_state_dict_post_hook(self._after_load).remove)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What they move, in their order."""
+        return [parameter for optimizer in self.all for parameter in list_parameters(optimizer)]
+
+    def follow(self, masters: MasterWeights, *, narrow: bool = False) -> None:
+        """Bring the states to the precision that these masters have the parameters in; narrow: kept in 8 bits."""
+        self.masters = masters
+        for states in self._states.values():
+            states.undo()
+        for optimizer in self.all:
+            for parameter in list_parameters(optimizer):
+                match_states(optimizer, parameter, self._find_dtype(parameter))
+        self._states = {optimizer: NarrowStates(optimizer) for optimizer in self.all} if narrow else {}
+
+    def step(self, gradients: dict[nn.Parameter, Tensor], factor: float, *, watch: bool = False) -> list[Stall]:
+        """Each steps on its share of the gradients, times a factor; the gradients are used up."""
+        stalls: list[Stall] = []
+        for optimizer in self.all:
+            share = {p: gradients.pop(p) for p in list_parameters(optimizer) if p in gradients}
+            if share:
+                stalls += self.step_one(optimizer, share, factor, watch=watch)
+        return stalls
+
+    def step_one(
+        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float = 1.0, *, watch: bool = False
+    ) -> tuple[Stall, ...]:
+        """One of them steps on gradients of its own parameters."""
+        states = self._states.get(optimizer)
+        return self.masters.step(optimizer, gradients, factor, watch=watch, around=states.widened if states else None)
+
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """Everything that an optimizer sees in fp32 inside the block, for one that is to be called as it is."""
+        with ExitStack() as stack:
+            for states in self._states.values():
+                stack.enter_context(states.widened(self.parameters))
+            stack.enter_context(self.masters.widened())
+            yield
+
+    @contextmanager
+    def at_rate(self, factor: float) -> Iterator[None]:
+        """Learning rates times a factor inside the block; schedulers never see it."""
+        groups = [group for optimizer in self.all for group in optimizer.param_groups if "lr" in group]
+        rates = [group["lr"] for group in groups]
+        if factor != 1.0:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * factor
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def close(self) -> None:
+        """Look at no states that are loaded from now on."""
+        self._hooks.close()
+
+    def _find_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        return torch.float32 if parameter in self.masters else parameter.dtype
+
+    def _before_load(self, _optimizer: Optimizer, state: dict[str, Any]) -> None:
+        self._incoming = state
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Optimizer.load_state_dict has cast states to the 16 bits of their parameter, and left them the strides they were
+        saved with: take them again, as the optimizer sees the parameter."""
+        for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
+            for index, parameter in zip(saved["params"], group["params"], strict=True):
+                for key, value in self._incoming["state"].get(index, {}).items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
+                        dtype = self._find_dtype(parameter) if value.is_floating_point() else value.dtype
+                        optimizer.state[parameter][key] = lay_out_like(parameter, value, dtype)
+        self._incoming = {}
+        if optimizer in self._states:
+            self._states[optimizer].narrow(optimizer.state)
+
+
+def list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of all groups, in their order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
