@@ -363,11 +363,11 @@ def test_numbers_of_the_format_never_move(round_with: Round, format: Format, mod
 
 
 @pytest.mark.parametrize("format", PLAIN, ids=name_of)
-@pytest.mark.parametrize("mode", MODES)
-@by_dtype
-def test_nan_stays_nan(round_with: Round, format: Format, mode: str, dtype: torch.dtype) -> None:
-    x = torch.full((3,), math.nan, dtype=dtype)
-    assert round_with(x, format, mode=mode, noise=make_noise(x, mode, 7)).isnan().all()
+def test_nan_stays_nan(round_with: Round, format: Format) -> None:
+    for dtype in DTYPES:
+        x = torch.full((3,), math.nan, dtype=dtype)
+        for mode in MODES:
+            assert round_with(x, format, mode=mode, noise=make_noise(x, mode, 7)).isnan().all(), (mode, dtype)
 
 
 def test_a_format_saturates_by_itself_or_not(round_with: Round) -> None:

@@ -148,9 +148,13 @@ def _round_block(x: Tensor, target: Format, mode: str, saturates: bool, noise: T
     return _bound(rounded, x, target, mode, saturates)
 
 
+def _truncate(steps: Tensor) -> Tensor:
+    return torch.copysign(steps.abs().floor_(), steps)  # some 8 times as fast on a processor as `trunc`
+
+
 ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest_even": Tensor.round_,
-    "toward_zero": Tensor.trunc_,
+    "toward_zero": _truncate,
     "up": Tensor.ceil_,
     "down": Tensor.floor_,
 }
@@ -167,11 +171,23 @@ def _find_quantum(x: Tensor, target: Format) -> Tensor:
 
 
 def _round_at_random(steps: Tensor, noise: Tensor) -> Tensor:
-    """`steps` to a whole number, away from zero with the probability of what is beyond the one toward zero."""
-    whole = steps.trunc()
-    rest = (steps - whole).abs_()
-    away = rest >= noise.to(steps.dtype).sub_(2**15 - 0.5).mul_(-(2.0**-16))
-    return whole.add_(torch.copysign(away.to(steps.dtype), steps))
+    """`steps` to a whole number, away from zero with the probability of the rest beyond the one toward zero.
+
+    Away where rest + noise / 2^16 + 2^-17 - 1/2 is not negative; floating-point sums have the right sign.
+    """
+    size = steps.abs().clamp_(max=2.0**24)  # infinity has no rest
+    whole = size.floor()
+    draw = noise.to(steps.dtype).mul_(2.0**-16).add_(2.0**-17 - 0.5)
+    away = size.sub_(whole).add_(draw).floor_().add_(1.0)
+    return torch.copysign(whole.add_(away), steps)
+
+
+INWARD: dict[str, Callable[[Tensor], Tensor | bool]] = {
+    "toward_zero": lambda x: True,
+    "up": lambda x: x < 0,
+    "down": lambda x: x > 0,
+}
+"""Modes that round some numbers toward zero, and which."""
 
 
 def _bound(rounded: Tensor, x: Tensor, target: Format, mode: str, saturates: bool) -> Tensor:
@@ -179,11 +195,12 @@ def _bound(rounded: Tensor, x: Tensor, target: Format, mode: str, saturates: boo
     if saturates:
         rounded = rounded.clamp_(target.min, target.max)
     else:
-        inward = {"toward_zero": x == x, "up": x < 0, "down": x > 0}.get(mode)
-        if inward is not None:
-            rounded = torch.where(inward & x.isfinite(), rounded.clamp(-target.max, target.max), rounded)
-        end = torch.full_like(rounded, torch.inf if target.has_infinity else torch.nan).copysign_(rounded)
-        rounded = torch.where(rounded.abs() > target.max, end, rounded)
+        if mode in INWARD:
+            stops = x.isfinite() & INWARD[mode](x)
+            rounded = torch.where(stops, rounded.clamp(-target.max, target.max), rounded)
+        rounded.div_((rounded.abs() <= target.max).to(rounded.dtype))  # by 1, or by 0, which gives infinity
+        if not target.has_infinity:
+            rounded.addcmul_(rounded, torch.zeros_like(rounded))  # infinity times 0 is NaN
     if not target.has_zero:
         return rounded.clamp_(min=target.min).masked_fill_(x < 0, torch.nan)
     return rounded if target.has_negative_zero else rounded.add_(0.0)
