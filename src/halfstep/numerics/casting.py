@@ -475,7 +475,7 @@ class RoundingError:
     """What rounding did to a tensor; shares are of its finite numbers that are not zero."""
 
     sqnr: float  # signal to quantization noise, 10 log10(sum x^2 / sum (x - rounded)^2), dB; inf where nothing changed
-    overflowed: float  # share beyond the largest number of the format
+    overflowed: float  # share beyond the largest number of the format, by more than half of the last step to it
     underflowed: float  # share below its smallest normal number
     vanished: float  # share that became zero
 
@@ -503,6 +503,7 @@ def measure_error(exact: Tensor, rounded: Tensor | ScaledTensor, format: str | F
     counted = wide.isfinite() & result.isfinite()
     size, noise = wide.abs()[counted], (wide - result)[counted].square().sum().item()
     unit, zeros = unit.expand_as(wide)[counted], result[counted] == 0
+    last = limits.max - limits.decode(limits.largest_code - 1)
     signal, total = size.square().sum().item(), max(int((size > 0).sum()), 1)
     ratio = 10 * math.log10(signal / noise) if signal and noise else (-math.inf if noise else math.inf)
 
@@ -511,7 +512,7 @@ def measure_error(exact: Tensor, rounded: Tensor | ScaledTensor, format: str | F
 
     return RoundingError(
         sqnr=ratio,
-        overflowed=share(size > limits.max * unit),
+        overflowed=share(size > (limits.max + last / 2) * unit),
         underflowed=share(size < limits.smallest_normal * unit),
         vanished=share(zeros),
     )
