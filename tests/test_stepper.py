@@ -1927,3 +1927,46 @@ def test_plan_of_another_type_is_refused(plan: Any) -> None:
     model = make_mlp()
     with pytest.raises(PlanError, match="a plan is a Plan, the name of a precision, or a path"):
         prepare(model, make_adamw(model), plan)
+
+
+def test_delayed_scaling_forgets_a_skipped_step_and_does_not_learn_from_evaluation() -> None:
+    plan = Plan.parse("path=0 compute=fp8_e4m3 grad=fp8_e5m2 scaling=delayed\ncompute=fp32")
+    runs = []
+    for disturbed in (False, True):
+        with seeded(3):
+            model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+            stepper = prepare(model, SGD(model.parameters(), lr=0.1), plan)
+            batches = torch.randn(6, 16, 4)
+        for number, x in enumerate(batches):
+            if disturbed and number == 3:
+                with torch.no_grad(), stepper.autocast():
+                    model(100 * x)
+                with stepper.autocast():
+                    assert stepper.step((model(1000 * x) * math.inf).sum()).skipped
+            with stepper.autocast():
+                assert stepper.step((model(x) - 1).square().mean()).applied
+        histories = stepper.state_dict()["products"]["0"]
+        runs.append({**stepper.model.state_dict(), **{k: v["amaxes"] for k, v in histories.items() if k != "draws"}})
+        assert "_halfstep_amaxes" not in ".".join(model.state_dict())
+        stepper.restore()
+        assert not dict(model.named_buffers())
+    assert runs[0]["gradient"].count_nonzero() == len(batches)
+    assert_same(*runs)
+
+
+def test_micro_batches_share_quantized_weights_and_steps_do_not() -> None:
+    """torch's fused AdamW changes weights without a new version, so a stale copy would stay unseen."""
+    plan = Plan.parse("path=0 compute=int8\ncompute=fp32")
+    x, losses = torch.randn(8, 16), []
+    for accumulate in (1, 2):
+        with seeded(1):
+            model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+            stepper = prepare(model, AdamW(model.parameters(), lr=0.1, fused=True), plan, accumulate=accumulate)
+            for _ in range(3):
+                for _ in range(accumulate):
+                    with stepper.autocast():
+                        loss = model(x).square().mean()
+                    stepper.step(loss)
+                losses.append(loss.item())
+    assert losses[:3] == losses[3:]
+    assert losses[0] != losses[1]

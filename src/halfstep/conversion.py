@@ -36,7 +36,7 @@ from halfstep.mechanisms.master_weights import WAYS, MasterWeights
 from halfstep.mechanisms.operators import OperatorMode
 from halfstep.mechanisms.replacements import REPLACEABLE, can_be_replaced, read_products, replace_functions
 from halfstep.numerics.formats import find_format
-from halfstep.numerics.products import ProductState, QuantizedWeights
+from halfstep.numerics.products import ProductState, QuantizedWeights, drop_histories
 from halfstep.plan import Plan, Resolution, Settings
 from halfstep.records import LayerRecord
 
@@ -56,7 +56,6 @@ class Conversion:
         self.model, self.plan, self.device_type = model, plan, device_type
         self.table: Mapping[str, Settings] = resolution.table
         self.masters = MasterWeights()
-        self.quantized = QuantizedWeights()  # copies of weights that products share; to be cleared by who updates them
         self.products: dict[str, ProductState] = {}  # module path -> what its products keep from call to call
         self._undo = ExitStack()
         self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
@@ -90,6 +89,13 @@ class Conversion:
                                 parameters=own, why=s.why)
                 )  # fmt: skip
         return tuple(records)
+
+    def share_quantized_weights(self) -> QuantizedWeights:
+        """From now on products share quantized copies of weights, until the caller clears these: whenever weights have changed."""
+        quantized = QuantizedWeights()
+        for state in self.products.values():
+            state.weights = quantized
+        return quantized
 
     def undo(self) -> None:
         """Give the model back as it was, with the weights it has now, in fp32. A second call does nothing."""
@@ -186,8 +192,10 @@ class Conversion:
         """Between the products a module keeps to the format around it; so do its results."""
         settings, around = self.table[path], self._find_surroundings(path)
         around = around if around in DTYPES else "bf16"
-        state = ProductState(number=len(self.products), weights=self.quantized)
-        self.products[path] = state
+        state = self.products[path] = ProductState(number=len(self.products))
+        if settings.scaling == "delayed":
+            state.keep_in(module)
+            self._undo.callback(drop_histories, module)
         make_unit(module, ProductUnit, self.device_type, around, settings.output or around)
         functions = replace_functions(read_products(settings), state)
         module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions)

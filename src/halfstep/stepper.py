@@ -32,6 +32,7 @@ from halfstep.distributed import Ranks, is_inside_wrapper
 from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError
 from halfstep.machine.hardware import get_profile
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
+from halfstep.numerics.products import QuantizedWeights
 from halfstep.plan import PRESETS, Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
 from halfstep.snapshot import Snapshot
@@ -71,6 +72,7 @@ class Stepper:
         self.outcome: StepOutcome | None = None  # of the last call of step()
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
         self.conversion = convert(model, PRESETS["32-true"])
+        self._quantized = QuantizedWeights()  # that the micro-batches of a window share
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
@@ -224,6 +226,7 @@ class Stepper:
         """What moves when the weights did."""
         self.applied += 1
         torch.clear_autocast_cache()  # which holds converted weights as long as a block around several steps is open
+        self._quantized.clear()
         for scheduler in self.schedulers:
             scheduler.step()
         if self.options.averages:
@@ -284,6 +287,7 @@ class Stepper:
                 why += f"; learning rates are now multiplied by {self._rescue.rate:g}"
             case "roll-back":
                 applied = self._rescue.roll_back()
+                self._quantized.clear()
                 if applied is None:
                     return Decision(action="stop", why=f"{why}; there is no good state to go back to")
                 why += f"; from applied step {self.applied} to {applied}"
@@ -365,6 +369,9 @@ class Stepper:
             self._optimizers.masters = self.conversion.masters
             raise
         self.conversion = drafted
+        self._window.find_buffers()
+        if self.accumulate > 1:
+            self._quantized = drafted.share_quantized_weights()
         self.conversion.masters.load_state_dict(noise)
         self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
         self._rescue.forget_state()
@@ -397,6 +404,7 @@ class Stepper:
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
+            "products": {path: state.state_dict() for path, state in self.conversion.products.items()},
             "applied": self.applied,
             "skipped": self.skipped,
             "micro": self._window.micro,
@@ -428,6 +436,9 @@ class Stepper:
         self._scale = LossScale(**state["loss_scale"])
         self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
+        for path, products in state.get("products", {}).items():
+            self.conversion.products[path].load_state_dict(products)
+        self._quantized.clear()
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)
 

@@ -44,11 +44,15 @@ class Window:
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self.model, self.optimizers = model, tuple(optimizers)
-        self._owners = find_owners(model)
+        self.find_buffers()
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._empty()
+
+    def find_buffers(self) -> None:
+        """Look again which modules have buffers; a plan may have given them some."""
+        self._owners = find_owners(self.model)
 
     def _empty(self) -> None:
         self.micro = 0  # micro-batches that are in

@@ -73,17 +73,15 @@ def replace_functions(products: Products, state: ProductState) -> Mapping[Functi
     state: for the products of modules that make one. Those that make several share but its weights: a history of largest
         magnitudes follows one product.
     """
-    shared = {"products": products}
     functions: dict[Function, Function] = {
-        theirs: partial(_run_named, partial(ours, **shared, state=state)) for theirs, ours in _SINGLE.items()
+        theirs: partial(_run_single, partial(ours, products=products, state=state), state)
+        for theirs, ours in _SINGLE.items()
     }
-    functions[F.scaled_dot_product_attention] = partial(attention.scaled_dot_product_attention, **shared)
-    functions[torch.lstm] = partial(
-        _run_recurrent, partial(recurrence.lstm, **shared), partial(recurrence.lstm_packed, **shared)
-    )
-    functions[torch.gru] = partial(
-        _run_recurrent, partial(recurrence.gru, **shared), partial(recurrence.gru_packed, **shared)
-    )
+    functions[F.scaled_dot_product_attention] = partial(attention.scaled_dot_product_attention, products=products)
+    for theirs, padded, packed in _RECURRENT:
+        functions[theirs] = partial(
+            _run_recurrent, partial(padded, products=products), partial(packed, products=products)
+        )
     return functions
 
 
@@ -100,9 +98,15 @@ _SINGLE: dict[Function, Function] = {
     F.embedding_bag: lookup.embedding_bag,
 }  # fmt: skip
 
+_RECURRENT: tuple[tuple[Function, Function, Function], ...] = (
+    (torch.lstm, recurrence.lstm, recurrence.lstm_packed),
+    (torch.gru, recurrence.gru, recurrence.gru_packed),
+)
 
-def _run_named(function: Function, *args: Any, **kwargs: Any) -> Any:
+
+def _run_single(function: Function, state: ProductState, *args: Any, **kwargs: Any) -> Any:
     """torch's functions call their first argument `input`; ours call it by its part in the product."""
+    state.is_training = torch.is_grad_enabled()
     first = (kwargs.pop("input"),) if "input" in kwargs else ()
     return function(*first, *args, **kwargs)
 

@@ -434,25 +434,28 @@ class AmaxHistory:
     ) -> None:
         if window < 1:
             raise FormatError(f"an amax history takes a window of 1 or more calls; got {window}")
-        self.window, self.margin, self.reduce = window, margin, reduce
-        self.amaxes = torch.zeros(0)  # the oldest first
+        self.margin, self.reduce = margin, reduce
+        self.amaxes = torch.zeros(window)  # the oldest first; 0 where there was no call yet. Written in place
 
-    def follow(self, x: Tensor) -> Tensor:
+    def follow(self, x: Tensor, *, join: bool = True) -> Tensor:
         """The amax to scale `x` by: the largest of the calls before, times 2^margin; then x's own joins them.
 
-        What is not finite in `x` is left out of the history.
+        What is not finite in `x` is left out of the history. join: False for a call that training does not go through.
         """
         own = find_amax(x, self.reduce).reshape(1)
-        known = self.amaxes.to(own.device) if self.amaxes.numel() else own
-        self.amaxes = torch.cat([self.amaxes.to(own.device), own])[-self.window :]
-        return known.amax() * 2.0**self.margin
+        if self.amaxes.device != own.device:
+            self.amaxes = self.amaxes.to(own.device)
+        known = self.amaxes.amax()
+        if join:
+            self.amaxes.copy_(torch.cat([self.amaxes[1:], own]))
+        return torch.where(known > 0, known, own).reshape(()) * 2.0**self.margin
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"amaxes": self.amaxes}
+        return {"amaxes": self.amaxes.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.amaxes = state["amaxes"].clone()[-self.window :]
+        self.amaxes.copy_(state["amaxes"])
 
 
 def find_amax(x: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -40,7 +40,7 @@ def _round_vectors(vectors: Tensor, weight: Tensor, products: Products, state: P
         )
     amax = None
     if operand.is_scaled and operand.scaling.kind == "delayed" and state is not None:
-        amax = state.histories["right"].follow(weight)
+        amax = state.histories["right"].follow(weight, join=state.is_training)
     elif operand.is_scaled and operand.scaling.kind in ("tensor", "delayed"):
         amax = find_amax(weight, state.reduce if state else None)
     flat = vectors.reshape(-1, vectors.shape[-1])

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halfstep.errors import FormatError, PlanError
@@ -43,6 +43,8 @@ from halfstep.numerics.noise import derive_keys, draw_noise
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # operand formats without scales
 WHOLE = Scaling(kind="tensor")
+
+HISTORIES = "_halfstep_amaxes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +153,8 @@ class ProductState:
     Examples:
         >>> state = ProductState(window=16, seed=1)
         >>> y = quantize_operand(torch.ones(2, 2), Operand(format="fp8_e4m3", scaling=Scaling.parse("delayed")), -1, state)
-        >>> state.histories["left"].amaxes.tolist()
-        [1.0]
+        >>> state.histories["left"].amaxes.amax().item()
+        1.0
     """
 
     def __init__(
@@ -169,6 +171,16 @@ class ProductState:
         self.histories = {role: AmaxHistory(window=window, margin=margin, reduce=reduce) for role in roles}
         self.reduce, self.seed, self.number, self.weights = reduce, seed, number, weights
         self.draws = 0
+        self.is_training = True  # False leaves the histories as they are, for evaluation between steps
+
+    def keep_in(self, module: nn.Module) -> None:
+        """Make the histories a buffer of a module, which its `state_dict()` leaves out: what copies and puts back buffers,
+        as for a step that is skipped, then does so with them."""
+        window = len(self.histories["left"].amaxes)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        module.register_buffer(HISTORIES, torch.zeros(len(self.histories), window, device=device), persistent=False)
+        for history, row in zip(self.histories.values(), module.get_buffer(HISTORIES), strict=True):
+            history.amaxes = row
 
     def draw(self, x: Tensor) -> Tensor:
         """New noise of x's shape."""
@@ -184,6 +196,12 @@ class ProductState:
         self.draws = state["draws"]
         for role, history in self.histories.items():
             history.load_state_dict(state[role])
+
+
+def drop_histories(module: nn.Module) -> None:
+    """The inverse of `ProductState.keep_in`."""
+    module._buffers.pop(HISTORIES, None)
+    module._non_persistent_buffers_set.discard(HISTORIES)
 
 
 class QuantizedWeights:
@@ -240,7 +258,7 @@ def quantize_operand(
         )
     amax = None
     if state is not None and delayed:
-        amax = state.histories[role].follow(x)
+        amax = state.histories[role].follow(x, join=state.is_training)
     elif state is not None and state.reduce and operand.scaling.kind == "tensor":
         amax = find_amax(x, state.reduce)
     noise = state.draw(x) if state is not None and stochastic else None
