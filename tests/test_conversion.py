@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from halfstep.conversion import Conversion, convert
 from halfstep.errors import ModelError, PlanError, UnsupportedError
+from halfstep.mechanisms.layers import DTYPES
+from halfstep.numerics.formats import FORMATS
 from halfstep.plan import Plan
 from halfstep.stepper import prepare
 from helpers import (
@@ -230,7 +232,7 @@ def test_rule_that_matches_no_module_is_refused_with_the_nearest_path() -> None:
         convert(TiedModel(), Plan.parse("path=haed compute=fp32\ncompute=bf16"))
 
 
-@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2", "tf32", "int8"])
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in DTYPES])
 @pytest.mark.parametrize("slot", ["compute", "storage", "output"])
 def test_format_that_cannot_be_honoured_is_refused_and_the_model_untouched(format: str, slot: str) -> None:
     model = make_mlp()

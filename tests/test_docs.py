@@ -26,6 +26,12 @@ def test_the_command_line_page_is_what_the_commands_say() -> None:
     assert page == write["describe_commands"](), "run: python tools/write_cli_docs.py"
 
 
+def test_the_formats_page_and_its_figures_are_what_the_table_says() -> None:
+    write = runpy.run_path(str(ROOT / "tools" / "write_formats_docs.py"))
+    for path, text in write["describe_formats"]().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python tools/write_formats_docs.py"
+
+
 def test_the_plan_in_the_documentation_reads(tmp_path: Path) -> None:
     from halfstep import Plan
 

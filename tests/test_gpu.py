@@ -4,6 +4,9 @@ from torch import nn
 
 import halfstep
 from halfstep.machine.hardware import probe_hardware
+from halfstep.numerics.formats import FORMATS, Format
+from halfstep.numerics.noise import derive_keys, draw_noise
+from halfstep.numerics.rounding import MODES, round_to
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +64,16 @@ def test_scaler_serves_weights_on_several_devices() -> None:
         assert [weight.tolist() for weight in weights] == [[left] * 3] * 2
         assert scaler.get_outcome().tensors == (("param_groups[0]['params'][1]",) if factor == torch.inf else ())
     assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("format", [format for format in FORMATS.values() if not format.block], ids=lambda f: f.name)
+def test_rounding_is_the_same_on_gpu_and_cpu(format: Format) -> None:
+    x = torch.randint(-(2**31), 2**31, (1 << 16,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    noise = draw_noise(derive_keys(0, 0, 0), 0, x.numel())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for mode in MODES:
+            draws = noise if mode == "stochastic" else None
+            expected = round_to(x.to(dtype), format, mode=mode, noise=draws)
+            found = round_to(x.to(dtype).cuda(), format, mode=mode, noise=None if draws is None else draws.cuda()).cpu()
+            assert torch.equal(found.nan_to_num(12345.0), expected.nan_to_num(12345.0)), mode
+            assert torch.equal(found.isnan(), expected.isnan()), mode

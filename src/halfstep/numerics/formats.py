@@ -20,9 +20,9 @@ dimension that a product sums over; `tensor_scale` is one more for the whole ten
 Limits are derived from the fields, never typed in; those of a block format are its element's, before the scales.
 
 Sources: IEEE 754-2019, section 3.4 (fp32, fp16); NVIDIA, "TensorFloat-32", A100 white paper 2020 (tf32); OCP 8-bit Floating
-Point Specification 1.0, table 1 (fp8); OCP Microscaling Formats (MX) Specification 1.0, sections 5.2 to 5.4 (fp6, fp4, e8m0,
-mxfp8, mxfp6, mxfp4); Noune et al. 2022, "8-bit Numerical Formats for Deep Neural Networks", arXiv 2206.02915 (fnuz);
-NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, arXiv 2509.25149, section 2 (nvfp4).
+Point Specification 1.0, table 1 (fp8_e4m3, fp8_e5m2); Noune et al. 2022, "8-bit Numerical Formats for Deep Neural Networks",
+arXiv 2206.02915, and ONNX, "Float stored in 8 bits" (fnuz); OCP Microscaling Formats (MX) Specification 1.0, section 5 (fp6,
+fp4, e8m0, mxfp8, mxfp6, mxfp4); NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, arXiv 2509.25149 (nvfp4).
 """
 
 import math
@@ -167,7 +167,7 @@ def _float(
     specials: Literal["ieee", "last", "negative_zero", "none"] = "ieee",
     storage_bits: int = 0,
 ) -> Format:
-    """A float with IEEE's bias, or one more where negative zero gave its code away (Noune et al., section 3)."""
+    """A float with IEEE's bias, or one more where negative zero gave its code away (Noune et al.)."""
     bits = 1 + exponent_bits + mantissa_bits
     return Format(
         name=name,

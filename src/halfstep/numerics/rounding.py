@@ -12,7 +12,7 @@ division and the product are exact, because a quantum is a power of two.
     stochastic     away from zero with the probability rest / quantum, else toward zero: in the mean, x itself. A draw has
                    16 bits, so the probability is rounded to a multiple of 2^-16, and less than 2^-17 of a quantum vanishes.
 
-Beyond the largest number, and at the infinities (OCP FP8 1.0, section 5.2.1):
+Beyond the largest number, and at the infinities (the two modes of OCP FP8 1.0):
 
     saturating     the largest number of that sign
     not            infinity where the format has one, else NaN, from halfway to where the next number would be. Away from
@@ -22,7 +22,8 @@ Beyond the largest number, and at the infinities (OCP FP8 1.0, section 5.2.1):
 NaN stays NaN, also where the format has no code for it: what is broken has to stay visible. Negative zero, and what is
 rounded to it, is zero where the format has no negative zero. A format of powers of two (e8m0) gives its smallest for zero
 and all that is smaller, NaN for negative numbers, and takes two multiples of the quantum for even and one for odd, so a tie
-goes up: as torch and ml_dtypes convert, but for zero, which ml_dtypes makes NaN.
+goes up: as torch and ml_dtypes convert. (They differ on zero, NaN in ml_dtypes, and on negative numbers, which lose their
+sign in torch; both take fp32 numbers little above 2^-127, which are subnormal, to 2^-126.)
 
 A number is rounded once: fp64 does not pass through fp32. The result has x's dtype; where that lacks a number of the format
 (65504 of fp16 in bf16) it is what conversion makes of it.
@@ -85,7 +86,7 @@ def round_to_slowly(
             assert noise is not None  # noqa: S101 - checked above
             within = (target.min <= exact) & (exact <= target.max)
             away = torch.where(within, rest >= (2**15 - 0.5 - noise.to(torch.float64)) / 2**16, nearest)
-    rounded = torch.where(exact.isinf(), exact, torch.copysign((whole + away) * quantum, exact))
+    rounded = torch.copysign((whole + away) * quantum, exact)
     return _bound(rounded, exact, target, mode, saturates).to(x.dtype)
 
 
@@ -147,9 +148,13 @@ def _round_block(x: Tensor, target: Format, mode: str, saturates: bool, noise: T
     return _bound(rounded, x, target, mode, saturates)
 
 
+def _truncate(steps: Tensor) -> Tensor:
+    return torch.copysign(steps.abs().floor_(), steps)  # some 8 times as fast on a processor as `trunc`
+
+
 ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest_even": Tensor.round_,
-    "toward_zero": Tensor.trunc_,
+    "toward_zero": _truncate,
     "up": Tensor.ceil_,
     "down": Tensor.floor_,
 }
@@ -166,11 +171,23 @@ def _find_quantum(x: Tensor, target: Format) -> Tensor:
 
 
 def _round_at_random(steps: Tensor, noise: Tensor) -> Tensor:
-    """`steps` to a whole number, away from zero with the probability of what is beyond the one toward zero."""
-    whole = steps.trunc()
-    rest = (steps - whole).abs_()
-    away = rest >= noise.to(steps.dtype).sub_(2**15 - 0.5).mul_(-(2.0**-16))
-    return whole.add_(torch.copysign(away.to(steps.dtype), steps))
+    """`steps` to a whole number, away from zero with the probability of the rest beyond the one toward zero.
+
+    Away where rest + noise / 2^16 + 2^-17 - 1/2 is not negative; floating-point sums have the right sign.
+    """
+    size = steps.abs().clamp_(max=2.0**24)  # infinity has no rest
+    whole = size.floor()
+    draw = noise.to(steps.dtype).mul_(2.0**-16).add_(2.0**-17 - 0.5)
+    away = size.sub_(whole).add_(draw).floor_().add_(1.0)
+    return torch.copysign(whole.add_(away), steps)
+
+
+INWARD: dict[str, Callable[[Tensor], Tensor | bool]] = {
+    "toward_zero": lambda x: True,
+    "up": lambda x: x < 0,
+    "down": lambda x: x > 0,
+}
+"""Modes that round some numbers toward zero, and which."""
 
 
 def _bound(rounded: Tensor, x: Tensor, target: Format, mode: str, saturates: bool) -> Tensor:
@@ -178,11 +195,12 @@ def _bound(rounded: Tensor, x: Tensor, target: Format, mode: str, saturates: boo
     if saturates:
         rounded = rounded.clamp_(target.min, target.max)
     else:
-        inward = {"toward_zero": x == x, "up": x < 0, "down": x > 0}.get(mode)
-        if inward is not None:
-            rounded = torch.where(inward & x.isfinite(), rounded.clamp(-target.max, target.max), rounded)
-        end = torch.full_like(rounded, torch.inf if target.has_infinity else torch.nan).copysign_(rounded)
-        rounded = torch.where(rounded.abs() > target.max, end, rounded)
+        if mode in INWARD:
+            stops = x.isfinite() & INWARD[mode](x)
+            rounded = torch.where(stops, rounded.clamp(-target.max, target.max), rounded)
+        rounded.div_((rounded.abs() <= target.max).to(rounded.dtype))  # by 1, or by 0, which gives infinity
+        if not target.has_infinity:
+            rounded.addcmul_(rounded, torch.zeros_like(rounded))  # infinity times 0 is NaN
     if not target.has_zero:
         return rounded.clamp_(min=target.min).masked_fill_(x < 0, torch.nan)
     return rounded if target.has_negative_zero else rounded.add_(0.0)
@@ -203,9 +221,8 @@ def _require_possible(
     if mode not in MODES:
         raise FormatError(describe_unknown("rounding mode", mode, MODES))
     if (mode == "stochastic") != (noise is not None):
-        raise FormatError(
-            f"noise is for mode 'stochastic', and needed there; got mode '{mode}' with noise={noise!r:.20}"
-        )
+        found = "no noise" if noise is None else f"noise of shape {tuple(noise.shape)}"
+        raise FormatError(f"mode 'stochastic' needs noise, and other modes take none; got mode '{mode}' with {found}")
     if noise is not None and (noise.dtype != torch.int16 or noise.shape != x.shape):
         raise FormatError(
             f"noise is int16 of x's shape {tuple(x.shape)}; got {noise.dtype} of {tuple(noise.shape)}; use draw_noise"
