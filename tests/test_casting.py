@@ -1,6 +1,7 @@
 """Scaled tensors against their slow truth; what must never happen to a number that is not finite; errors as theory has them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,12 +131,7 @@ def test_error_is_at_most_half_a_quantum(data: st.DataObject) -> None:
 
 def spread(scaled: ScaledTensor) -> Tensor:
     """The scale of each number."""
-    ones = ScaledTensor(torch.ones(scaled.shape).to(scaled.values.dtype), *as_rest(scaled))
-    return ones.dequantize(torch.float64)
-
-
-def as_rest(scaled: ScaledTensor) -> tuple[Tensor, object, Scaling, tuple[int, ...], Tensor | None]:
-    return scaled.scale, scaled.format, scaled.scaling, scaled.blocks, scaled.tensor_scale
+    return replace(scaled, values=torch.ones(scaled.shape).to(scaled.values.dtype)).dequantize(torch.float64)
 
 
 def find_quantum(x: Tensor, scaled: ScaledTensor, unit: Tensor) -> Tensor:

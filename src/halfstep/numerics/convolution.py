@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from halfstep.errors import UnsupportedError
 from halfstep.numerics.casting import ScaledTensor
-from halfstep.numerics.multiplication import find_result_dtype, save
+from halfstep.numerics.multiplication import differentiate_once, find_result_dtype, save
 from halfstep.numerics.products import Copies, Operand, Products, ProductState, expand_operands
 
 Size = int | Sequence[int]
@@ -50,7 +49,7 @@ class _Convolve(torch.autograd.Function):
         return y if bias is None else y.add_(bias.reshape(-1, *[1] * (x.dim() - 2)))  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @differentiate_once
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), products = gradients, context.products
         x, weight = context.take_apart(context)

@@ -10,20 +10,42 @@ operands unrounded they are the gradient of the product. What backward needs of 
 take, one byte a number.
 
 Dtypes are as torch's: all three products return the dtype of an active autocast, else that of the left operand, and gradients
-are then converted to the dtypes of what they are gradients of. Differentiating twice is refused.
+are then converted to the dtypes of what they are gradients of. Gradients that are to be differentiated again are refused:
+rounding has no second derivative that would mean something.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from halfstep.errors import ModelError, UnsupportedError
 from halfstep.numerics.casting import ScaledTensor
 from halfstep.numerics.products import Copies, Products, ProductState, QuantizedWeights, multiply
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def differentiate_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `backward` that refuses create_graph=True with an UnsupportedError, and runs without a graph.
+
+    torch's once_differentiable lets it pass where the incoming gradient is a constant, and the gradient of a gradient
+    penalty is then silently zero.
+    """
+
+    @functools.wraps(backward)
+    def run(context: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "gradients of products in scaled formats cannot be differentiated again (create_graph=True); give the layers "
+                "under a gradient penalty or a Hessian compute=bf16 or fp32"
+            )
+        return backward(context, *gradients)
+
+    return run
 
 
 class _Multiply(torch.autograd.Function):
@@ -47,7 +69,7 @@ class _Multiply(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiate_once
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products, transposed = context.products, context.transposed
@@ -132,7 +154,7 @@ def multiply_by_weight(
     weights: QuantizedWeights | None,
 ) -> Tensor:  # fmt: skip
     """`linear`, with the copies of the weight shared in `weights`, whatever the state shares."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y: Tensor = _Multiply.apply(flat, weight, bias, True, products, state, weights, find_result_dtype(x))
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -146,17 +168,18 @@ def matmul(left: Tensor, right: Tensor, *, products: Products, state: ProductSta
         >>> matmul(torch.ones(3, 2, 4), torch.ones(4, 5), products=Products.of("int8")).shape
         torch.Size([3, 2, 5])
     """
-    if left.dim() == 1:
-        return matmul(left[None], right, products=products, state=state).squeeze(-2)
     if right.dim() == 1:
         return matmul(left, right[:, None], products=products, state=state).squeeze(-1)
+    if left.dim() == 1:
+        return matmul(left[None], right, products=products, state=state).squeeze(-2)
     dtype = find_result_dtype(left)
     if right.dim() == 2:
-        flat = left.reshape(-1, left.shape[-1])
+        flat = left.reshape(math.prod(left.shape[:-1]), left.shape[-1])
         y: Tensor = _Multiply.apply(flat, right, None, False, products, state, None, dtype)
         return y.reshape(*left.shape[:-1], right.shape[-1])
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (left, right))
+    count = math.prod(batch)
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(count, *x.shape[-2:]) for x in (left, right))
     y = _Multiply.apply(left, right, None, False, products, state, None, dtype)
     return y.reshape(*batch, *y.shape[-2:])
 
