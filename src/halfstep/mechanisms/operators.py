@@ -15,6 +15,7 @@ checkpointing and custom_bwd do so in the backward pass, for which the mode stan
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +32,8 @@ from halfstep.errors import UnsupportedError, describe_unknown
 from halfstep.numerics.operations import DIFFERENCES, TABLE, Policy
 
 Function = Callable[..., Any]
+_Key = tuple[str, str, int]  # format, device, and a number that tells modes with replacements apart
+_numbers = itertools.count(1)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CASTABLE = frozenset(_DTYPES.values())  # fp64 was asked for, and 8-bit values mean nothing without their scales
@@ -80,7 +83,7 @@ class _State(threading.local):
     """The blocks that are open in a thread, the innermost last, and the weights that were cast in them."""
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[OperatorMode, AbstractContextManager[Any] | None]] = []  # None: it stands by
+        self.blocks: list[_Key] = []
         self.casts: dict[tuple[int, torch.dtype], _Kept] = {}
         self.busy = -1  # how many blocks are open around an operation that is running, which modes must leave alone
 
@@ -93,17 +96,22 @@ class _State(threading.local):
         self.casts[id(weight), dtype] = _Kept(weight, weight._version, _find_address(weight), value)
         return value
 
-    def close(self) -> None:
-        """Leave the innermost block."""
-        self.blocks.pop()
-        if not self.blocks:
-            self.casts.clear()
+    @contextmanager
+    def open(self, key: _Key) -> Iterator[None]:
+        """A block, from which on the modes of that key decide."""
+        self.blocks.append(key)
+        try:
+            yield
+        finally:
+            self.blocks.pop()
+            if not self.blocks:
+                self.casts.clear()
 
 
 _state = _State()
 
 
-class OperatorMode(TorchFunctionMode):
+class OperatorMode:
     """A `with` block in which every operation follows the table.
 
     Args:
@@ -113,7 +121,9 @@ class OperatorMode(TorchFunctionMode):
             policy has cast. One for torch.matmul is one for Tensor.matmul and `@` too.
 
     Weights are cast once in the outermost block. A module may hold a mode and enter it in its forward pass; copies share
-    nothing. The innermost block decides, of modes and of torch.autocast. In the backward pass use `stand_by`.
+    nothing. The innermost block decides, of modes and of torch.autocast. For the backward pass there is `stand_by`.
+
+    Inside of what torch.compile compiles, write `with mode.opened():`, which it can trace.
 
     Examples:
         >>> x = torch.ones(2, 2)
@@ -125,15 +135,14 @@ class OperatorMode(TorchFunctionMode):
     """
 
     def __init__(self, compute: str, device_type: str, replacements: Mapping[Function, Function] | None = None) -> None:
-        super().__init__()
         if compute not in _DTYPES:
             raise UnsupportedError(describe_unknown("compute format of operations", compute, _DTYPES))
         if not hasattr(Tensor, f"is_{device_type}"):
             raise UnsupportedError(f"operations on '{device_type}' are not told apart; allowed: cpu, cuda, mps, xpu")
         self.compute, self.device_type = compute, device_type
         self.replacements = dict(replacements or {})
-        self._dtype, self._is_here = _DTYPES[compute], f"is_{device_type}"
-        self._calls = _respell(self.replacements)
+        self._follower = _Follower(compute, device_type, self.replacements)
+        self._local = _Entered()
 
     def __reduce__(self) -> tuple[type, tuple[str, str, dict[Function, Function]]]:
         return type(self), (self.compute, self.device_type, self.replacements)
@@ -141,24 +150,13 @@ class OperatorMode(TorchFunctionMode):
     def __repr__(self) -> str:
         return f"OperatorMode({self.compute}, {self.device_type}, {len(self.replacements)} replacements)"
 
-    def __enter__(self) -> Self:
-        enabled = self.compute != "fp32"
-        switch = torch.autocast(
-            self.device_type, dtype=self._dtype if enabled else None, enabled=enabled, cache_enabled=False
-        )
-        switch.__enter__()
-        _state.blocks.append((self, switch))
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        _, switch = _state.blocks[-1]
-        _state.close()
-        if switch is not None:
-            switch.__exit__(kind, error, trace)
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The block itself."""
+        dtype = _DTYPES[self.compute] if self.compute != "fp32" else None
+        switch = torch.autocast(self.device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        with _state.open(self._follower.key), switch, self._follower:
+            yield
 
     @contextmanager
     def stand_by(self) -> Iterator[None]:
@@ -167,12 +165,35 @@ class OperatorMode(TorchFunctionMode):
         The mode acts only where autocast's state is restored, as torch.utils.checkpoint and torch.amp.custom_bwd do it;
         the backward pass itself and other custom functions in it are left alone.
         """
-        _state.blocks.append((self, None))
-        try:
-            with _Stacked(self):
-                yield
-        finally:
-            _state.close()
+        with _state.open(self._follower.key), self._follower:
+            yield
+
+    def __enter__(self) -> Self:
+        block = self.opened()
+        block.__enter__()
+        self._local.blocks.append(block)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._local.blocks.pop().__exit__(kind, error, trace)
+
+
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.blocks: list[AbstractContextManager[None]] = []
+
+
+class _Follower(TorchFunctionMode):
+    """What sees every operation. It enters and leaves as torch has made it: torch.compile would pass over anything else."""
+
+    def __init__(self, compute: str, device_type: str, replacements: Mapping[Function, Function]) -> None:
+        super().__init__()
+        self.compute, self.device_type = compute, device_type
+        self.key: _Key = (compute, device_type, next(_numbers) if replacements else 0)
+        self._dtype, self._is_here = _DTYPES[compute], f"is_{device_type}"
+        self._calls = _respell(replacements)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -180,11 +201,11 @@ class OperatorMode(TorchFunctionMode):
         kwargs = kwargs or {}
         policy, call = POLICIES.get(func), self._calls.get(func, func)
         if policy is None and call is func:
-            if not isinstance(func, _LAYERED) or not self._decides():
-                return func(*args, **kwargs)
             if isinstance(func, FunctionType):
-                return func(*args, **kwargs) if types else self._run_inside(func, args, kwargs)
-            policy = _find_policy(func) or "as is"
+                return self._run_inside(func, types, args, kwargs)
+            policy = _find_policy(func) if isinstance(func, _NAMED) else None
+            if policy is None:
+                return func(*args, **kwargs)
         if not self._decides() or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         if policy is not None and policy != "as is":
@@ -204,18 +225,22 @@ class OperatorMode(TorchFunctionMode):
     def _decides(self) -> bool:
         """Whether this is the innermost block, and no one has set autocast otherwise since."""
         state = _state
-        if state.busy == len(state.blocks) or (state.blocks and state.blocks[-1][0] is not self):
+        if state.busy == len(state.blocks) or (state.blocks and state.blocks[-1] != self.key):
             return False
         if self.compute == "fp32":
             return not torch.is_autocast_enabled(self.device_type)
         return torch.is_autocast_enabled(self.device_type) and torch.get_autocast_dtype(self.device_type) == self._dtype
 
-    def _run_inside(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a function of torch's that is written in Python and made of operations, so that the mode sees those."""
+    def _run_inside(self, func: FunctionType, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch's that is written in Python and made of operations, so that the mode sees those.
+
+        A backward pass always sees it: it may call what restores autocast's state by itself.
+        """
         inside = None if torch.compiler.is_compiling() else _open(func)
-        if inside is None:
+        is_left = any(kind not in (Tensor, torch.nn.Parameter) for kind in types)  # to a class that looks after it
+        if inside is None or is_left or not (func in _BACKWARD or self._decides()):
             return func(*args, **kwargs)
-        with _Stacked(self):
+        with self:
             return inside(*args, **kwargs)
 
     def _choose_dtype(self, policy: Policy, values: Any) -> torch.dtype:
@@ -238,22 +263,9 @@ class OperatorMode(TorchFunctionMode):
         if value.dtype is dtype or value.dtype not in _CASTABLE or not getattr(value, self._is_here):
             return value
         is_weight = value.requires_grad and value.is_leaf and dtype is not torch.float32
-        if is_weight and _state.blocks and _state.blocks[-1][1] is not None and not torch.compiler.is_compiling():
+        if is_weight and not torch.compiler.is_compiling() and _state.blocks:
             return _state.cast_once(value, dtype)
         return value.to(dtype)
-
-
-class _Stacked:
-    """Puts a mode on torch's stack of function modes, and does nothing else that entering it would do."""
-
-    def __init__(self, mode: OperatorMode) -> None:
-        self.mode = mode
-
-    def __enter__(self) -> None:
-        TorchFunctionMode.__enter__(self.mode)
-
-    def __exit__(self, *error: Any) -> None:
-        TorchFunctionMode.__exit__(self.mode, *error)
 
 
 def _list_dtypes(values: Any) -> Iterator[torch.dtype]:
@@ -268,7 +280,8 @@ def _list_dtypes(values: Any) -> Iterator[torch.dtype]:
             yield from _list_dtypes(value)
 
 
-_LAYERED = (FunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)  # what may stand for operations
+_NAMED = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 def _find_policy(func: Any) -> Policy | None:
@@ -292,10 +305,10 @@ def _respell(replacements: Mapping[Function, Function]) -> dict[Function, Functi
 def _open(func: FunctionType) -> FunctionType | None:
     """A copy of a function of torch's that does not ask whether a mode wants it, so that a mode can run its inside.
 
-    None for other functions. Methods of Tensor are among those: they ask, and go on to a method of the same name.
+    None for other functions. Most methods of Tensor are among those: they ask, and go on to a method of the same name.
     """
     asks = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
-    if func.__module__ not in ("torch.nn.functional", "torch.functional") or not asks:
+    if not asks or not (func.__module__ in ("torch.nn.functional", "torch.functional") or func in _BACKWARD):
         return None
     world = func.__globals__ | {name: lambda *_: False for name in asks}
     inside = FunctionType(func.__code__, world, func.__name__, func.__defaults__, func.__closure__)
