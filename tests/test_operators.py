@@ -1,21 +1,31 @@
 """The table of operations, the mode that follows it, and torch.autocast beside it."""
 
 import contextlib
+import copy
+import gc
 import itertools
 import logging
+import pickle
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
-from halfstep.mechanisms.operators import OperatorMode
+from halfstep.errors import UnsupportedError
+from halfstep.mechanisms.operators import POLICIES, OperatorMode, cast_operations, choose_twin
 from halfstep.numerics.operations import DIFFERENCES, TABLE
+from helpers import seeded
 from operator_examples import KEYS, Example, list_examples, list_operations
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

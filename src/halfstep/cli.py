@@ -43,6 +43,7 @@ StepCount = Annotated[int | None, typer.Option("--steps", help="Training steps; 
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; '-' is standard output.")
 ]
+DEFAULT_ARMS = "fp32,torch-amp,torch-amp-tuned,halfstep"
 Arms = Annotated[
     str,
     typer.Option(help="Comma-separated: fp32, fp32-tuned, torch-amp, torch-amp-tuned, halfstep, halfstep:PLAN."),
@@ -312,7 +313,7 @@ def _require_same_recipe(record: Path, recipe: "Recipe", *, new_precision: bool)
 @app.command()
 def compare(
     recipe: RecipeName,
-    arms: Arms = "fp32,torch-amp,torch-amp-tuned,halfstep",
+    arms: Arms = DEFAULT_ARMS,
     seeds: Annotated[int, typer.Option("--seeds", help="Paired seeds; the equivalence test needs two or more.")] = 3,
     steps: StepCount = None,
     data: Data = None,
@@ -322,30 +323,73 @@ def compare(
     page: Annotated[Path | None, typer.Option("--page", metavar="FILE", help="Where the HTML page goes.")] = Path(
         "compare.html"
     ),
+    rehearse: Annotated[
+        str | None,
+        typer.Option(
+            "--rehearse", metavar="HARDWARE", help="Train with the numerics of hardware that is not here: fp8-h100, ..."
+        ),
+    ] = None,
+    repaired: Annotated[
+        Path, typer.Option("--repaired", metavar="FILE", help="Where the plan goes that mends a rehearsal.")
+    ] = Path("repaired.toml"),
 ) -> None:
-    """Train a recipe in fp32, torch.amp and halfstep from paired seeds: was it faster, was it smaller, did accuracy hold?"""
+    """Train a recipe in fp32, torch.amp and halfstep from paired seeds: was it faster, was it smaller, did accuracy hold?
+
+    With --rehearse, in fp32 and as other hardware would: does the model survive it, which layers do not, what mends it?
+    """
     from dataclasses import replace
 
     from halfstep import comparison
     from halfstep.arms import require_arms
+    from halfstep.rehearsals import find_rehearsal
     from halfstep.report.page import write_page
     from halfstep.report.progress import follow_comparison
     from halfstep.report.terminal import show_comparison
     from halfstep.training import evaluation_steps
 
+    rehearsal = find_rehearsal(rehearse) if rehearse else None
+    if rehearsal and arms == DEFAULT_ARMS:
+        arms = "fp32,halfstep"
     names = [name.strip() for name in arms.split(",")]
     require_arms(names)
     _require_writable(json, page)
-    loaded = _load(recipe, overrides, steps=steps, data=data)
+    loaded = _load(recipe, overrides, precision=rehearse, steps=steps, data=data)
     task = loaded.build_task()
-    total = seeds * (len(names) * loaded.train.steps + min(evaluation_steps(loaded.train)))
-    with follow_comparison(total, Console(stderr=True)) as notify:
-        result = comparison.compare(
-            str(loaded), loaded.name, task.metric, loaded.train, arms=names, seeds=seeds, target=target, notify=notify
+
+    def compare_arms(recipe: "Recipe", names: list[str]) -> comparison.ComparisonRecord:
+        total = seeds * (len(names) * loaded.train.steps + min(evaluation_steps(loaded.train)))
+        with follow_comparison(total, Console(stderr=True)) as notify:
+            return comparison.compare(
+                str(recipe),
+                recipe.name,
+                task.metric,
+                recipe.train,
+                arms=names,
+                seeds=seeds,
+                target=target,
+                notify=notify,
+            )
+
+    result = compare_arms(loaded, names)
+    if rehearsal:
+        result, mended = comparison.compare_repaired(
+            result,
+            rehearsal.plan,
+            lambda plan: compare_arms(replace(loaded, precision=str(plan)), ["fp32", "halfstep"]),
         )
+        if mended:
+            mended.save(repaired)
+            console.print(
+                f"{len(mended.rules) - len(rehearsal.plan.rules)} layers kept wider; the plan: {repaired}",
+                soft_wrap=True,
+            )
     result = replace(result, command=shlex.join(["halfstep", *sys.argv[1:]]))
     if str(json) != "-":
         console.print(show_comparison(result))
+        if rehearsal:
+            console.print(
+                f"{rehearsal.name} is {rehearsal.hardware}. Not rehearsed: {rehearsal.differs}.", soft_wrap=True
+            )
     _write_json(result, json)
     if page is not None:
         write_page(result, page)

@@ -29,8 +29,10 @@ from scipy import stats
 
 from halfstep import records
 from halfstep.arms import CONTROL, DEFAULT_ARMS, REFERENCE, TURN_OVER, YOUR_TURN, require_arms
+from halfstep.control.search import repair_plan
 from halfstep.errors import RecipeError, TrainingError
 from halfstep.machine.hardware import name_machine
+from halfstep.plan import Plan
 from halfstep.records import (
     ArmResult,
     ComparisonRecord,
@@ -49,6 +51,7 @@ from halfstep.training import (
 )
 
 TURNS = 10
+REPAIRED = "repaired"  # the arm that a rehearsal may add
 
 
 @dataclass
@@ -282,6 +285,26 @@ def summarise(name: str, by_arm: dict[str, list[_Worker]], metric: Metric, targe
         speedup=speedup, memory_ratio=memory, loss=_mean_curve(mine), evaluations=evaluations, plan=mine[0].plan,
         harms=_mean_harms(mine),
     )  # fmt: skip
+
+
+def compare_repaired(
+    first: ComparisonRecord, plan: Plan, compare_again: Callable[[Plan], ComparisonRecord]
+) -> tuple[ComparisonRecord, Plan | None]:
+    """A rehearsal's comparison with one arm more: the plan repaired by what its layers were seen to do, see `repair_plan`.
+
+    plan: what the arm `halfstep` was trained under.
+    compare_again: the same comparison under another plan, with the reference and the arm `halfstep`.
+
+    Returns the record as it was and None where the plan needs no repair, or the harm of its layers suggests none.
+    """
+    ours = next((arm for arm in first.arms if arm.name == "halfstep"), None)
+    if ours is None or ours.verdict in ("equivalent", "better"):
+        return first, None
+    repaired = repair_plan(plan, ours.harms)
+    if repaired is plan:
+        return first, None
+    arm = next(arm for arm in compare_again(repaired).arms if arm.name == "halfstep")
+    return replace(first, arms=(*first.arms, replace(arm, name=REPAIRED))), repaired
 
 
 def compare(

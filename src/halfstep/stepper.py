@@ -35,6 +35,7 @@ from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.numerics.products import QuantizedWeights
 from halfstep.plan import PRESETS, Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
+from halfstep.rehearsals import REHEARSALS
 from halfstep.snapshot import Snapshot
 from halfstep.stepping.agreement import agree_on_finding
 from halfstep.stepping.closures import ClosureStep
@@ -509,7 +510,7 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
 
 
 def read_plan(plan: Plan | str) -> Plan:
-    """A plan from whatever names one: a Plan, a preset's name, a plan's text, or a plan file."""
+    """A plan from whatever names one: a Plan, the name of a preset or of a rehearsal, a plan's text, or a plan file."""
     from pathlib import Path
 
     if isinstance(plan, Plan):
@@ -518,4 +519,4 @@ def read_plan(plan: Plan | str) -> Plan:
         raise PlanError(f"a plan is a Plan, the name of a precision, or a path; got {plan!r:.60}")
     if plan.endswith((".toml", ".json", ".plan")):
         return Plan.load(Path(plan))
-    return Plan.parse(plan)
+    return REHEARSALS[plan].plan if plan in REHEARSALS else Plan.parse(plan)

@@ -40,8 +40,10 @@ from halfstep.errors import FormatError, PlanError
 from halfstep.numerics.casting import STORAGE, AmaxHistory, ScaledTensor, Scaling, find_amax, quantize
 from halfstep.numerics.formats import find_format
 from halfstep.numerics.noise import derive_keys, draw_noise
+from halfstep.numerics.rounding import round_to
 
-PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # operand formats without scales
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+"""Operand formats without scales, and the dtype that their numbers are kept in."""
 WHOLE = Scaling(kind="tensor")
 
 HISTORIES = "_halfstep_amaxes"
@@ -249,7 +251,8 @@ def quantize_operand(
     Raises PlanError where the operand needs a `state` (delayed scaling, stochastic rounding) and none is given.
     """
     if not operand.is_scaled:
-        return x.detach().to(PLAIN[operand.format])
+        plain = x.detach().to(PLAIN[operand.format])
+        return round_to(plain, "tf32") if operand.format == "tf32" else plain
     delayed, stochastic = operand.scaling.kind == "delayed", operand.mode == "stochastic"
     if (delayed or stochastic) and state is None:
         raise PlanError(

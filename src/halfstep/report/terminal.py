@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from halfstep.comparison import REPAIRED
 from halfstep.machine.hardware import BUSY
 from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, LayerRecord, Measurement, PlanRecord
 
@@ -136,12 +137,23 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
     return Group(
         table,
         against,
+        *(show_harms(a) for a in c.arms if a.harms),
         *([gains] if c.speedup else []),
         *plans,
         Text(target),
         Text(gate),
         Text(conclude(c), style="bold"),
     )
+
+
+def show_harms(arm: ArmResult, count: int = 10) -> Table:
+    """The layers of a rehearsal that change the gradient most."""
+    worst = sorted(arm.harms, key=lambda harm: harm.sqnr_db)[:count]
+    title = f"{arm.name}: what a layer's formats do to the model's gradient, the worst {len(worst)} of {len(arm.harms)}"
+    table = _table("module", "format", ">SQNR in dB", ">error, batches = 1", title=title)
+    for harm in worst:
+        table.add_row(harm.path, harm.compute, f"{harm.sqnr_db:.1f}", f"{harm.error / harm.noise:.2g}")
+    return table
 
 
 def describe_arm(arm: ArmResult) -> dict[str, str]:
@@ -168,6 +180,8 @@ def conclude(c: ComparisonRecord) -> str:
     if ours is None or not c.gate_works:
         distrust = "The control was not rejected: no verdict here can be trusted. Train longer or use more seeds."
         return "" if c.gate_works else distrust
+    if ours.harms:
+        return conclude_rehearsal(c, ours)
     gains = [f"{_times(ratio)} {rival}" for rival, ratio in ours.speedup.items()]
     memory = [f"{_size(ratio)} {rival}" for rival, ratio in ours.memory_ratio.items()]
     held = {"equivalent": "at equal accuracy", "better": "at better accuracy"}.get(
@@ -175,6 +189,16 @@ def conclude(c: ComparisonRecord) -> str:
     )
     lead = "" if max(ours.speedup.values(), default=1.0) > 1.03 else "No gain here: "
     return f"{lead}halfstep is {', '.join(gains)}, {held}; it takes {', '.join(memory)}."
+
+
+def conclude_rehearsal(c: ComparisonRecord, ours: ArmResult) -> str:
+    """The same of a rehearsal, of which no time counts."""
+    if ours.verdict in ("equivalent", "better"):
+        return f"The model survives these numerics: {c.metric} is {ours.verdict} to fp32's."
+    repaired = next((a for a in c.arms if a.name == REPAIRED), None)
+    if repaired is None:
+        return f"In these numerics {c.metric} is {ours.verdict}, and no single layer stands out as the cause."
+    return f"In these numerics {c.metric} is {ours.verdict}; with the worst layers kept wider it is {repaired.verdict}."
 
 
 def _times(ratio: float) -> str:
