@@ -174,6 +174,13 @@ def test_inputs_of_many_dimensions_are_rows() -> None:
         assert torch.equal(a.reshape(b.shape), b)
 
 
+def test_autocast_rounds_the_result_alone() -> None:
+    x, weight, _, _ = make_layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight, products=PLAIN)
+    assert torch.equal(y, F.linear(x, weight).to(torch.bfloat16))
+
+
 def test_dtypes_are_those_of_torch_under_autocast() -> None:
     x, weight, bias, g = make_layer()
     g = g.to(torch.bfloat16).to(torch.float32)
