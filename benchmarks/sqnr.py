@@ -114,7 +114,7 @@ def compare_bilinear(layer: Bilinear, products: Products) -> list[tuple[float, f
         inputs[1 - which] = other
         return torch.autograd.grad(layer.plain(*inputs), inputs[which], gradient)[0]
 
-    ways = (
+    ways: tuple[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Product], ...] = (
         (layer.plain, left, right, products.output), (partial(differentiate, 0), g, right, products.grad_input),
         (partial(differentiate, 1), g, left, products.grad_weight),
     )  # fmt: skip
