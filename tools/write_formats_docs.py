@@ -66,8 +66,8 @@ rehearsed: numbers are rounded to it, and multiplied in a wider one.
 ![Ranges of the formats on a logarithmic scale](figures/format-ranges.svg)
 
 The exponent's bits set the range, the mantissa's the precision. The pale part is that of subnormal numbers, where every halving
-costs one bit of precision. `bf16` is `fp32` with 16 bits less precision and the same range, so nothing overflows that did not
-before; `fp16` has three bits more and ends at 65504, which is why it needs a loss scale.
+costs one bit of precision. `bf16` is `fp32` with 16 bits less precision and the same range, so what fits into one fits into the
+other; `fp16` has three bits more and ends at 65504, which is why it needs a loss scale.
 
 ```python
 import halfstep
@@ -77,7 +77,7 @@ print(e4m3.max, e5m2.max)  # 448.0 57344.0
 assert [e4m3.decode(code) for code in range(0x38, 0x41)] == [1, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, 2]
 ```
 
-The two of FP8's makers differ: in the "fnuz" formats of AMD's MI300 the code of negative zero is the only NaN and the bias is one
+There are two families of fp8. In the "fnuz" formats of AMD's MI300 the code of negative zero is the only NaN and the bias is one
 more, so `fp8_e4m3fnuz` ends at 240, and a tensor scaled to 448 overflows there.
 
 ## Where their numbers lie

@@ -73,19 +73,16 @@ def round_to_slowly(
     whole = steps.floor()
     rest = steps - whole
     nearest = (rest > 0.5) | (rest == 0.5) & (whole % 2 == 1)
-    match mode:
-        case "nearest_even":
-            away = nearest
-        case "toward_zero":
-            away = torch.zeros_like(nearest)
-        case "up":
-            away = (rest > 0) & (exact > 0)
-        case "down":
-            away = (rest > 0) & (exact < 0)
-        case _:
-            assert noise is not None  # noqa: S101 - checked above
-            within = (target.min <= exact) & (exact <= target.max)
-            away = torch.where(within, rest >= (2**15 - 0.5 - noise.to(torch.float64)) / 2**16, nearest)
+    if noise is not None:
+        within = (target.min <= exact) & (exact <= target.max)
+        away = torch.where(within, rest >= (2**15 - 0.5 - noise.to(torch.float64)) / 2**16, nearest)
+    else:
+        away = {
+            "nearest_even": nearest,
+            "toward_zero": torch.zeros_like(nearest),
+            "up": (rest > 0) & (exact > 0),
+            "down": (rest > 0) & (exact < 0),
+        }[mode]
     rounded = torch.copysign((whole + away) * quantum, exact)
     return _bound(rounded, exact, target, mode, saturates).to(x.dtype)
 
