@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfstep.errors import FormatError
+from halfstep.numerics.amax import AmaxHistory, find_amax
 from halfstep.numerics.casting import (
     STORAGE,
-    AmaxHistory,
     ScaledTensor,
     Scaling,
-    find_amax,
     measure_error,
     quantize,
     quantize_slowly,

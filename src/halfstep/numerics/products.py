@@ -37,7 +37,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halfstep.errors import FormatError, PlanError
-from halfstep.numerics.casting import STORAGE, AmaxHistory, ScaledTensor, Scaling, find_amax, quantize
+from halfstep.numerics.amax import AmaxHistory, find_amax
+from halfstep.numerics.casting import STORAGE, ScaledTensor, Scaling, quantize
 from halfstep.numerics.formats import find_format
 from halfstep.numerics.noise import derive_keys, draw_noise
 
