@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfstep.errors import FormatError
+from halfstep.numerics.amax import AmaxHistory, find_amax
 from halfstep.numerics.casting import (
     STORAGE,
-    AmaxHistory,
     ScaledTensor,
     Scaling,
-    find_amax,
     measure_error,
     quantize,
     quantize_slowly,
@@ -232,6 +231,14 @@ def test_an_outlier_beyond_delayed_scales_saturates_once() -> None:
     assert history.follow(calm) == 5000
     assert history.follow(calm) == 5000
     assert history.follow(calm) == 2, "the outlier has left the window"
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_what_delayed_scales_did_not_foresee_becomes_the_largest_number(name: str) -> None:
+    x = torch.tensor([0.5, 1e3, -1e30])
+    scaled = quantize(x, name, "delayed", amax=torch.ones(()))
+    end = (find_format(name).max * scaled.scale).item()
+    assert scaled.dequantize()[1:].tolist() == [end, -end]
 
 
 def test_a_history_leaves_out_what_is_not_finite_and_keeps_headroom() -> None:

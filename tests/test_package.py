@@ -35,6 +35,7 @@ SPINE = [
     "numerics.noise",
     "numerics.words",
     "numerics.movement",
+    "numerics.amax",
     "numerics.casting",
     "numerics.products",
     "numerics.multiplication",

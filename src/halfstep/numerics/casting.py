@@ -7,7 +7,7 @@
 What shares a scale, written as a word:
 
     tensor    all of it
-    delayed   all of it, and amax is the largest of the last calls: `AmaxHistory`
+    delayed   all of it, and amax is the largest of the last calls: `numerics.amax`
     row       all that one sum of a product runs over: with x as [rows, contraction], one scale a row
     RxC       blocks of R rows and C numbers along the contraction; 1x128 and 128x128 (DeepSeek-V3), 1x32 (MX), 1x16 (NVFP4)
 
@@ -36,15 +36,14 @@ report 2024 (arXiv 2412.19437), section 3.3: tiles and blocks; Mishra et al. 202
 import itertools
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from halfstep.errors import FormatError, describe_unknown
+from halfstep.numerics.amax import align_scale, count_blocks, find_amaxes, join_blocks, split_blocks
 from halfstep.numerics.formats import Format, find_format
 from halfstep.numerics.rounding import round_to, round_to_slowly
 
@@ -148,7 +147,7 @@ class ScaledTensor:
         expected = STORAGE[self.format.element.name]
         if self.values.dtype != expected:
             raise FormatError(f"{self.format.name} is stored in {expected}; got values of {self.values.dtype}")
-        counts = _count_blocks(self.values.shape, self.blocks)
+        counts = count_blocks(self.values.shape, self.blocks)
         if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != counts:
             raise FormatError(
                 f"values of {tuple(self.values.shape)} in blocks of {self.blocks} take an fp32 scale of {counts}; got "
@@ -183,8 +182,8 @@ class ScaledTensor:
         values, scale = widen(self.values).to(wide), self.find_scales().to(wide)
         if scale.numel() == 1:
             return values.mul_(scale.reshape(())).to(dtype)
-        parts = _split_blocks(values, self.blocks) * _align(scale, self.blocks, self.shape)
-        return _join_blocks(parts, self.blocks, self.shape).to(dtype)
+        parts = split_blocks(values, self.blocks) * align_scale(scale, self.blocks, self.shape)
+        return join_blocks(parts, self.blocks, self.shape).to(dtype)
 
     def find_scales(self) -> Tensor:
         """The scales, fp32, with the tensor's own multiplied in."""
@@ -220,11 +219,11 @@ def quantize(
     target, scaling, blocks = _settle(x, format, scaling, dim)
     x = x.detach()
     x = x.to(torch.float32) if x.dtype == torch.float16 else x  # times a scale it could leave fp16
-    measured = _find_amax(x, blocks)
+    measured = find_amaxes(x, blocks)
     finite = None
     if x.device.type != "cpu" or not bool(measured.isfinite().all()):  # to ask another device would be to wait for it
         finite = x.isfinite()
-        measured = _find_amax(torch.where(finite, x, 0.0), blocks)
+        measured = find_amaxes(torch.where(finite, x, 0.0), blocks)
     scale, tensor_scale = _find_scales(measured if amax is None else amax.expand_as(measured), target, scaling)
     effective = scale if tensor_scale is None else scale * tensor_scale
     exact = scaling.find_scale_format(target) == "e8m0"
@@ -233,15 +232,15 @@ def quantize(
         parts = x * inverse.reshape(()) if exact else x.to(inverse.dtype) * inverse.reshape(())
         scaled = parts.reshape(x.shape)
     else:
-        parts = _split_blocks(x if exact else x.to(inverse.dtype), blocks) * _align(inverse, blocks, x.shape)
-        scaled = _join_blocks(parts, blocks, x.shape)
+        parts = split_blocks(x if exact else x.to(inverse.dtype), blocks) * align_scale(inverse, blocks, x.shape)
+        scaled = join_blocks(parts, blocks, x.shape)
     element = target.element
     if finite is not None:
         scaled = torch.where(finite, scaled.clamp(-element.max, element.max), x if element.has_nan else 0.0)
         if element.has_nan and not element.has_infinity:
             scaled = scaled.masked_fill_(scaled.isinf(), torch.nan)
         elif not element.has_nan:
-            scale = scale.masked_fill(_find_amax((~finite).to(torch.float32), blocks) > 0, torch.nan)
+            scale = scale.masked_fill(find_amaxes((~finite).to(torch.float32), blocks) > 0, torch.nan)
     values = _narrow(scaled, element, mode, noise, bounded=amax is None or finite is not None)
     return ScaledTensor(values, scale, target, scaling, blocks, tensor_scale)
 
@@ -283,7 +282,7 @@ def quantize_slowly(
 ) -> ScaledTensor:
     """`quantize` to nearest, block after block in Python: the readable truth."""
     target, scaling, blocks = _settle(x, format, scaling, dim)
-    element, counts = target.element, _count_blocks(x.shape, blocks)
+    element, counts = target.element, count_blocks(x.shape, blocks)
     rounded, scales = torch.zeros(x.shape, dtype=torch.float32), torch.ones(counts)
     largest = max((abs(v) for v in x.flatten().tolist() if math.isfinite(v)), default=0.0)
     tensor_scale = torch.tensor(1.0)
@@ -367,112 +366,6 @@ def widen(values: Tensor) -> Tensor:
     return words.view(torch.float16).to(torch.float32).mul_(2.0**8)
 
 
-def _count_blocks(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(1 if block >= size else -(-size // block) for size, block in zip(shape, blocks, strict=True))
-
-
-def _split_blocks(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Each dimension that is cut into several blocks becomes two: which block, and where in it. Zeros fill the last block."""
-    padding = [-size % block if 1 < block < size else 0 for size, block in zip(x.shape, blocks, strict=True)]
-    if any(padding):
-        x = F.pad(x, [n for size in reversed(padding) for n in (0, size)])
-    for d in reversed(range(x.dim())):
-        if 1 < blocks[d] < x.shape[d]:
-            x = x.unflatten(d, (-1, blocks[d]))
-    return x
-
-
-def _align(scale: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """Scales with a dimension of 1 beside each that `_split_blocks` splits."""
-    for d in reversed(range(len(shape))):
-        if 1 < blocks[d] < shape[d]:
-            scale = scale.unsqueeze(d + 1)
-    return scale
-
-
-def _join_blocks(parts: Tensor, blocks: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `_split_blocks`."""
-    for d in range(len(shape)):
-        if 1 < blocks[d] < shape[d]:
-            parts = parts.flatten(d, d + 1).narrow(d, 0, shape[d])
-    return parts
-
-
-def _find_amax(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Largest magnitude of each block, shaped as the scale; 0 for a block without elements. NaN and infinity go through."""
-    counts = _count_blocks(x.shape, blocks)
-    if x.numel() == 0:
-        return x.new_zeros(counts)
-    if all(count == 1 for count in counts):
-        low, high = torch.aminmax(x)
-        return torch.maximum(-low, high).reshape(counts)
-    parts, dims, place = _split_blocks(x, blocks).abs(), [], 0
-    for size, block in zip(x.shape, blocks, strict=True):
-        split = 1 < block < size
-        if split or block >= size:
-            dims.append(place + split)
-        place += 1 + split
-    return parts.amax(dims, keepdim=True).reshape(counts) if dims else parts
-
-
-class AmaxHistory:
-    """The largest magnitudes of the last calls, for delayed scaling: a scale that is known before the tensor is read.
-
-    The scale is one call old: an outlier saturates once, then the history knows it. The first call takes its own amax.
-
-    window: calls that count. margin: binades of headroom above the largest of them. Defaults as in Transformer Engine.
-    reduce: agrees on a magnitude with other ranks, as an all-reduce with maximum does.
-
-    Examples:
-        >>> history = AmaxHistory(window=2)
-        >>> [history.follow(torch.tensor([amax])).item() for amax in (8.0, 1.0, 2.0, 2.0)]
-        [8.0, 8.0, 8.0, 2.0]
-    """
-
-    def __init__(
-        self, *, window: int = 1024, margin: int = 0, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        if window < 1:
-            raise FormatError(f"an amax history takes a window of 1 or more calls; got {window}")
-        self.margin, self.reduce = margin, reduce
-        self.amaxes = torch.zeros(window)  # the oldest first; 0 where there was no call yet. Written in place
-
-    def follow(self, x: Tensor, *, join: bool = True) -> Tensor:
-        """The amax to scale `x` by: the largest of the calls before, times 2^margin; then x's own joins them.
-
-        What is not finite in `x` is left out of the history. join: False for a call that training does not go through.
-        """
-        own = find_amax(x, self.reduce).reshape(1)
-        if self.amaxes.device != own.device:
-            self.amaxes = self.amaxes.to(own.device)
-        known = self.amaxes.amax()
-        if join:
-            self.amaxes.copy_(torch.cat([self.amaxes[1:], own]))
-        return torch.where(known > 0, known, own).reshape(()) * 2.0**self.margin
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"amaxes": self.amaxes.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.amaxes.copy_(state["amaxes"])
-
-
-def find_amax(x: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """The largest finite magnitude of a tensor, fp32, of no dimensions; with `reduce`, that of all ranks.
-
-    Examples:
-        >>> find_amax(torch.tensor([1.0, -3.0, torch.inf])).item()
-        3.0
-    """
-    shape = tuple(x.shape)
-    amax = _find_amax(x.detach(), shape)
-    if x.device.type != "cpu" or not bool(amax.isfinite().all()):
-        amax = _find_amax(torch.where(x.isfinite(), x, 0.0), shape)
-    amax = amax.reshape(()).to(torch.float32)
-    return reduce(amax) if reduce else amax
-
-
 @dataclass(frozen=True, kw_only=True)
 class RoundingError:
     """What rounding did to a tensor; shares are of its finite numbers that are not zero."""
@@ -495,9 +388,9 @@ def measure_error(exact: Tensor, rounded: Tensor | ScaledTensor, format: str | F
     """
     if isinstance(rounded, ScaledTensor):
         limits = rounded.format.element
-        aligned = _align(rounded.find_scales().to(torch.float64), rounded.blocks, rounded.shape)
+        aligned = align_scale(rounded.find_scales().to(torch.float64), rounded.blocks, rounded.shape)
         one = torch.ones(rounded.shape, dtype=torch.float64, device=exact.device)
-        unit = _join_blocks(_split_blocks(one, rounded.blocks) * aligned, rounded.blocks, rounded.shape)
+        unit = join_blocks(split_blocks(one, rounded.blocks) * aligned, rounded.blocks, rounded.shape)
         result = rounded.dequantize(torch.float64)
     else:
         limits = find_format(format) if isinstance(format, str) else format

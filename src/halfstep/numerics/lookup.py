@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfstep.errors import UnsupportedError
-from halfstep.numerics.casting import find_amax, quantize
+from halfstep.numerics.amax import find_amax
+from halfstep.numerics.casting import quantize
 from halfstep.numerics.products import Operand, Products, ProductState, quantize_operand
 
 

@@ -17,12 +17,12 @@ the longest dimension and is the noisiest of the three.
 A product runs in one of these ways; `choose_kernel` says which and why:
 
     scaled_mm   torch._scaled_mm, fp8 with one scale a tensor or row, on CUDA from compute capability 8.9
-    int_mm      torch._int_mm, int8 with one scale a tensor or row: sums in int32, exact; on CUDA, and on CPUs with VNNI,
-                where it was measured twice as fast as bf16
+    int_mm      torch._int_mm, int8 with one scale a tensor or row: sums in int32, exact; on CUDA, and on CPUs with VNNI:
+                on an EPYC with avx512_vnni it took half of bf16's time at 1024 x 256 x 1024, as long at 4096 x 1024 x 1024
     bf16        emulated: the numbers, scales included, in bf16, where they are exact there (significands of 8 bits, scales
                 that are powers of two) and the result is wanted in bf16
     fp32        emulated: all else. A CPU's bf16 product sums in fp32 but returns bf16; only an fp32 product returns fp32,
-                at 2.7 times the time of a bf16 one on an EPYC with avx512_bf16.
+                which takes two to three times as long on an EPYC with avx512_bf16.
 
 An emulated product rounds what the format rounds and nothing else: its operands hold the quantized numbers exactly (with a
 scale that is no power of two, within 2^-24), it sums in fp32, and its result is rounded once to the dtype that is asked for.
@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halfstep.errors import FormatError, PlanError
-from halfstep.numerics.casting import STORAGE, AmaxHistory, ScaledTensor, Scaling, find_amax, quantize
+from halfstep.numerics.amax import AmaxHistory, find_amax
+from halfstep.numerics.casting import STORAGE, ScaledTensor, Scaling, quantize
 from halfstep.numerics.formats import find_format
 from halfstep.numerics.noise import derive_keys, draw_noise
 from halfstep.numerics.rounding import round_to
