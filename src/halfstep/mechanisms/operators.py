@@ -14,7 +14,6 @@ torch.autocast block, torch.amp.custom_fwd. And whoever saves and restores it br
 checkpointing and custom_bwd do so in the backward pass, for which the mode stands by (`OperatorMode.stand_by`).
 """
 
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -215,11 +214,16 @@ class _Follower(TorchFunctionMode):
     def _run(self, call: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call what follows the table already, with nobody casting any more."""
         around, _state.busy = _state.busy, len(_state.blocks)
-        torch.set_autocast_enabled(self.device_type, False)
         try:
-            return call(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                with torch.autocast(self.device_type, enabled=False):
+                    return call(*args, **kwargs)
+            torch.set_autocast_enabled(self.device_type, False)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                torch.set_autocast_enabled(self.device_type, self.compute != "fp32")
         finally:
-            torch.set_autocast_enabled(self.device_type, self.compute != "fp32")
             _state.busy = around
 
     def _decides(self) -> bool:
@@ -236,10 +240,11 @@ class _Follower(TorchFunctionMode):
 
         A backward pass always sees it: it may call what restores autocast's state by itself.
         """
-        inside = None if torch.compiler.is_compiling() else _open(func)
+        inside = _INSIDE.get(func)
         is_left = any(kind not in (Tensor, torch.nn.Parameter) for kind in types)  # to a class that looks after it
         if inside is None or is_left or not (func in _BACKWARD or self._decides()):
-            return func(*args, **kwargs)
+            is_traced = func is Tensor.unflatten and torch.compiler.is_compiling()  # which cannot trace it under a mode
+            return torch.unflatten(*args, **kwargs) if is_traced else func(*args, **kwargs)
         with self:
             return inside(*args, **kwargs)
 
@@ -301,19 +306,28 @@ def _respell(replacements: Mapping[Function, Function]) -> dict[Function, Functi
     return respelled | dict(replacements)
 
 
-@functools.cache
-def _open(func: FunctionType) -> FunctionType | None:
-    """A copy of a function of torch's that does not ask whether a mode wants it, so that a mode can run its inside.
-
-    None for other functions. Most methods of Tensor are among those: they ask, and go on to a method of the same name.
+def _open_functions(*functions: Function) -> Iterator[tuple[Function, Function]]:
+    """Functions of torch's that are written in Python, each with a copy that does not ask whether a mode wants it, so
+    that a mode can run its inside.
     """
-    asks = {name for name in func.__code__.co_names if name.startswith("has_torch_function")}
-    if not asks or not (func.__module__ in ("torch.nn.functional", "torch.functional") or func in _BACKWARD):
-        return None
-    world = func.__globals__ | {name: lambda *_: False for name in asks}
-    inside = FunctionType(func.__code__, world, func.__name__, func.__defaults__, func.__closure__)
-    inside.__kwdefaults__ = func.__kwdefaults__
-    return inside
+    worlds: dict[str, dict[str, Any]] = {}  # module -> its globals, in which nobody asks
+    for function in functions:
+        if isinstance(function, FunctionType) and any(word in _ASKING for word in function.__code__.co_names):
+            world = worlds.setdefault(function.__module__, function.__globals__ | dict.fromkeys(_ASKING, _say_no))
+            inside = FunctionType(
+                function.__code__, world, function.__name__, function.__defaults__, function.__closure__
+            )
+            inside.__kwdefaults__ = function.__kwdefaults__
+            yield function, inside
+
+
+def _say_no(*_: Any) -> bool:
+    return False
+
+
+_ASKING = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_INSIDE = dict(_open_functions(*vars(F).values(), *vars(torch.functional).values(), *_BACKWARD))
+"""Methods of Tensor are left out: they ask, and go on to a method of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
