@@ -481,6 +481,7 @@ class Stepper:
             self.conversion.masters.load_state_dict(noise)
             raise
         self.conversion = drafted
+        self._window.autocast_weights = drafted.list_autocast_weights()
         self.conversion.masters.load_state_dict(noise)
         self._narrow_states(False)
         self._match_states()
