@@ -32,6 +32,12 @@ def test_the_formats_page_and_its_figures_are_what_the_table_says() -> None:
         assert path.read_text(encoding="utf-8") == text, "run: python tools/write_formats_docs.py"
 
 
+def test_the_operations_page_is_what_the_table_says() -> None:
+    write = runpy.run_path(str(ROOT / "tools" / "write_operator_docs.py"))
+    _, mark, tables = write["PAGE"].read_text(encoding="utf-8").partition(write["MARK"])
+    assert mark and tables == write["describe_operations"](), "run: python tools/write_operator_docs.py"
+
+
 def test_the_plan_in_the_documentation_reads(tmp_path: Path) -> None:
     from halfstep import Plan
 

@@ -156,7 +156,7 @@ def test_defaults_are_those_of_the_literature() -> None:
 
 
 def test_operands_that_cannot_be_are_refused() -> None:
-    with pytest.raises(FormatError, match="products take bf16, fp16, fp32 and what quantize takes; got e8m0"):
+    with pytest.raises(FormatError, match="products take bf16, fp16, tf32, fp32 and what quantize takes; got e8m0"):
         Operand(format="e8m0")
     with pytest.raises(FormatError, match="unknown scaling 'rows'"):
         Products.of("int8", scaling="rows")

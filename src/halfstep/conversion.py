@@ -61,6 +61,20 @@ class Conversion:
         self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
         self.storage = self._agree_on_storage()
 
+    def list_autocast_weights(self) -> set[nn.Parameter]:
+        """Weights of linear and convolution layers that run in 16 bits only inside of `autocast()`."""
+        relying = {
+            path
+            for path, s in self.table.items()
+            if s.cast == "op" and s.compute == self._around != "fp32" and s.storage == "fp32"
+        }
+        return {
+            parameter
+            for path, module in self.model.named_modules()
+            if path in relying and find_kind(module) in ("linear", "conv")
+            for parameter in module.parameters(recurse=False)
+        }
+
     def autocast(self) -> AbstractContextManager[Any]:
         """What a forward pass and the loss run under: torch's autocast where the plan casts every operation."""
         return autocast(self.device_type, self._around) if self._around != "fp32" else nullcontext()
@@ -91,7 +105,7 @@ class Conversion:
         return tuple(records)
 
     def share_quantized_weights(self) -> QuantizedWeights:
-        """From now on products share quantized copies of weights, until the caller clears these: whenever weights have changed."""
+        """From now on products share quantized copies of weights; the caller clears them whenever weights have changed."""
         quantized = QuantizedWeights()
         for state in self.products.values():
             state.weights = quantized

@@ -13,6 +13,7 @@
     └── MissingExtraError   an optional dependency that is not installed
 
     StallWarning            a UserWarning: weights that no longer move, because updates are too small for their precision
+    PrecisionWarning        a UserWarning: a plan that is not in force where it should be
 
 A user's mistake raises one of these. `assert` is kept for halfstep's own invariants.
 """
@@ -79,6 +80,10 @@ class MissingExtraError(HalfstepError, ImportError):
 
 class StallWarning(UserWarning):
     """Weights that do not move, because their updates are too small for the precision they are kept in."""
+
+
+class PrecisionWarning(UserWarning):
+    """A plan that is not in force where it should be."""
 
 
 def describe_unknown(what: str, given: object, allowed: Iterable[str]) -> str:

@@ -373,6 +373,7 @@ class Stepper:
         self._window.find_buffers()
         if self.accumulate > 1:
             self._quantized = drafted.share_quantized_weights()
+        self._window.autocast_weights = drafted.list_autocast_weights()
         self.conversion.masters.load_state_dict(noise)
         self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
         self._rescue.forget_state()

@@ -6,6 +6,7 @@ reduction over gradients and losses.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,18 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
 from halfstep.distributed import communicates
-from halfstep.errors import ModelError
+from halfstep.errors import ModelError, PrecisionWarning
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly, take_values
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
 
 NO_GRADIENT = "no parameter that the optimizer holds received a gradient"
 ABOUT_DATA = {"(input)": ": so is the input", "(empty)": ": the batch is empty"}
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+PRODUCTS = ("AddmmBackward", "MmBackward", "BmmBackward", "BaddbmmBackward", "ConvolutionBackward")
+CASTS = ("ToCopyBackward",)  # nodes of a graph, by the beginning of their names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,7 @@ class Window:
         self.find_buffers()
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
+        self.autocast_weights: set[nn.Parameter] = set()  # which autocast should bring to 16 bits
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._empty()
 
@@ -92,6 +98,13 @@ class Window:
             self._require_no_gradients()
         if self._has_strangers is None:
             self._has_strangers = _reaches_strangers(loss, {*self.names, *self.held})
+            if self.autocast_weights and _lacks_autocast(loss, self.autocast_weights):
+                warnings.warn(
+                    "the plan computes products in 16 bits under autocast, but this loss was computed in fp32 throughout; run "
+                    "the model and the loss inside `with stepper.autocast():`",
+                    PrecisionWarning,
+                    stacklevel=3,
+                )
         # another model's gradients stay its own business, as in the generator's step of a GAN
         inputs = [p for p in self.held if p.requires_grad] if self._has_strangers else None
         with self.dropped_on_error():
@@ -287,14 +300,31 @@ def _require_loss(loss: Tensor | None) -> Tensor:
 
 def _reaches_strangers(loss: Tensor, own: set[nn.Parameter]) -> bool:
     """Whether the graph of a loss ends in parameters that are not `own`."""
+    leaves = (getattr(node, "variable", None) for node in _walk(loss))
+    return any(isinstance(leaf, nn.Parameter) and leaf not in own for leaf in leaves)
+
+
+def _lacks_autocast(loss: Tensor, weights: set[nn.Parameter]) -> bool:
+    """Whether a loss was computed from some of these fp32 weights without any autocast, whoever might have opened it.
+
+    A product of an fp32 weight under autocast leaves a cast in the graph. A node that is written in Python, or compiled,
+    may hide products and casts, so that nothing can be said then.
+    """
+    nodes = list(_walk(loss))
+    names = {node.name() for node in nodes}
+    if any(isinstance(node, BackwardCFunction) for node in nodes) or any(name.startswith(CASTS) for name in names):
+        return False
+    leaves = {leaf for node in nodes if isinstance(leaf := getattr(node, "variable", None), Tensor)}
+    is_fp32 = not any(value.dtype in SIXTEEN_BITS for value in (loss, *leaves))
+    return is_fp32 and not weights.isdisjoint(leaves) and any(name.startswith(PRODUCTS) for name in names)
+
+
+def _walk(loss: Tensor) -> Iterator[Node]:
+    """Every node of a loss's graph, once."""
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and leaf not in own:
-            return True
-        waiting += [next_node for next_node, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [next_node for next_node, _ in node.next_functions]

@@ -116,8 +116,10 @@ class OperatorMode:
     Args:
         compute: "fp32", "bf16" or "fp16".
         device_type: whose tensors are cast; those of other devices are left alone.
-        replacements: torch function -> function with the same signature, called in its place with the inputs that the
-            policy has cast. One for torch.matmul is one for Tensor.matmul and `@` too.
+        replacements: torch function -> function with the same signature, called in its place with the inputs as they are:
+            what rounds them further rounds once. One for torch.matmul is one for Tensor.matmul and `@` too. What it
+            calls of torch runs under torch.autocast in the compute format. Inside compiled code it is given inputs that
+            the policy has cast: a backend may run its calls under this mode once more.
 
     Weights are cast once in the outermost block. A module may hold a mode and enter it in its forward pass; copies share
     nothing. The innermost block decides, of modes and of torch.autocast. For the backward pass there is `stand_by`.
@@ -207,18 +209,19 @@ class _Follower(TorchFunctionMode):
                 return func(*args, **kwargs)
         if not self._decides() or kwargs.get("out") is not None:
             return func(*args, **kwargs)
-        if policy is not None and policy != "as is":
+        as_they_are = call is not func and not torch.compiler.is_compiling()
+        if policy is not None and policy != "as is" and not as_they_are:
             args, kwargs = self._cast((args, kwargs), self._choose_dtype(policy, (args, kwargs)))
-        return self._run(call, args, kwargs)
+        return self._run(call, args, kwargs, autocast=as_they_are and self.compute != "fp32")
 
-    def _run(self, call: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call what follows the table already, with nobody casting any more."""
+    def _run(self, call: Function, args: tuple[Any, ...], kwargs: dict[str, Any], *, autocast: bool = False) -> Any:
+        """Call what follows the table already, or sees to itself, with no mode casting any more."""
         around, _state.busy = _state.busy, len(_state.blocks)
         try:
             if torch.compiler.is_compiling():
                 with torch.autocast(self.device_type, enabled=False):
                     return call(*args, **kwargs)
-            torch.set_autocast_enabled(self.device_type, False)
+            torch.set_autocast_enabled(self.device_type, autocast)
             try:
                 return call(*args, **kwargs)
             finally:

@@ -5,9 +5,10 @@
     widest     every input -> the widest of them     what joins tensors, and takes only tensors of one format
     as is      nothing is cast                       what accumulates in fp32 inside and stays in range
 
-Micikevicius et al. 2018 (arXiv 1710.03740, section 3) sort operations in this way. torch.autocast has a list for each
-device (aten/src/ATen/autocast_mode.h and .cpp), and they differ: on CUDA it was made for fp16, on a processor for bf16 and
-for what had kernels. DIFFERENCES says where torch departs from the table, and why we do not follow.
+Micikevicius et al. 2018 (arXiv 1710.03740, section 3.3) part operations into products, reductions and pointwise ones, by
+what each needs. torch.autocast has a list for each device (aten/src/ATen/autocast_mode.h and .cpp), and they differ: on
+CUDA it was made for fp16, on a processor for bf16 and for what had kernels. DIFFERENCES says where torch departs from the
+table, and why we do not follow.
 """
 
 from collections.abc import Mapping
@@ -100,7 +101,7 @@ _GROUPS: tuple[tuple[Policy, str, str], ...] = (
     ),
     (
         "fp32",
-        "coordinates: in bf16 the pixels beyond the 256th cannot be told apart",
+        "coordinates: bf16 moves them by up to 1/512 of half the image",
         "grid_sampler grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback",
     ),
     (
@@ -186,8 +187,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         names="cholesky cholesky_inverse cholesky_solve inverse pinverse qr svd geqrf orgqr ormqr lu_solve _lu_with_info "
         "triangular_solve linalg_cholesky linalg_cholesky_ex linalg_cond linalg_eig linalg_eigh linalg_eigvals "
         "linalg_eigvalsh linalg_householder_product linalg_inv linalg_inv_ex linalg_lstsq linalg_matrix_rank linalg_qr "
-        "linalg_solve linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve quantile nanquantile ctc_loss "
-        "multilabel_margin_loss_forward",
+        "linalg_solve linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve quantile nanquantile ctc_loss",
         why="there is no 16-bit kernel, so torch raises an error",
     ),
     Difference(
@@ -202,8 +202,8 @@ DIFFERENCES: tuple[Difference, ...] = (
         theirs="as is",
         names="avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d fractional_max_pool2d "
         "fractional_max_pool3d max_unpool2d max_unpool3d reflection_pad1d reflection_pad2d replication_pad1d "
-        "replication_pad2d replication_pad3d trace fake_quantize_per_tensor_affine",
-        why="it has 16-bit kernels, of the same accuracy; not worth a table for each device",
+        "replication_pad2d replication_pad3d trace fake_quantize_per_tensor_affine multilabel_margin_loss_forward",
+        why="most have 16-bit kernels there; that is not worth a table for each device",
     ),
     Difference(
         device_type="cuda",

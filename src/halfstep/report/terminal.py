@@ -138,7 +138,7 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
         table,
         against,
         *(show_harms(a) for a in c.arms if a.harms),
-        *([gains] if c.speedup else []),
+        *([gains] if c.speedup and not any(a.harms for a in c.arms) else []),
         *plans,
         Text(target),
         Text(gate),
@@ -196,9 +196,11 @@ def conclude_rehearsal(c: ComparisonRecord, ours: ArmResult) -> str:
     if ours.verdict in ("equivalent", "better"):
         return f"The model survives these numerics: {c.metric} is {ours.verdict} to fp32's."
     repaired = next((a for a in c.arms if a.name == REPAIRED), None)
-    if repaired is None:
-        return f"In these numerics {c.metric} is {ours.verdict}, and no single layer stands out as the cause."
-    return f"In these numerics {c.metric} is {ours.verdict}; with the worst layers kept wider it is {repaired.verdict}."
+    if repaired is not None:
+        return f"In these numerics {c.metric} is {ours.verdict}; with the worst layers kept wider it is {repaired.verdict}."
+    cause = "their layers change the gradient by little beside what batches do"
+    advice = "use more seeds or steps" if ours.verdict == "inconclusive" else "look at the losses over steps"
+    return f"In these numerics {c.metric} is {ours.verdict}, though {cause}; {advice}."
 
 
 def _times(ratio: float) -> str:
