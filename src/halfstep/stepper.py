@@ -16,6 +16,7 @@ kept against steps that go on failing, and what `prepare` refuses.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ from halfstep.stepping.options import (
     require_alone,
     require_plan,
     require_possible,
+    require_stand_ins,
     require_trainable,
     require_whole,
     take_several,
@@ -194,7 +196,7 @@ class Stepper:
         snapshot, before, is_due = self._take_snapshot(), self.scale, self._rescue.needs_state(self.applied)
         step = ClosureStep(
             window=self._window, optimizers=self._optimizers, masters=self.conversion.masters, autocast=self.autocast,
-            scale=before, clip=self._clip, agree=self._agree, average=self.ranks.average,
+            scale=before, clip=self._clip, agree=partial(self._agree, closure=True), average=self.ranks.average,
         )  # fmt: skip
         try:
             with self._optimizers.at_rate(self._rescue.rate):
@@ -212,8 +214,10 @@ class Stepper:
             self._window.clear()
         return self._settle(finding, before)
 
-    def _agree(self, finding: Finding) -> Finding:
+    def _agree(self, finding: Finding, *, closure: bool = False) -> Finding:
         """What this process found -> what all found that train together."""
+        if self._window.is_wrapped and len(self.conversion.masters):
+            require_stand_ins(self.optimizers, closure=closure)
         return agree_on_finding(finding, self.ranks, next(self.model.parameters()).device)
 
     def _clip(self, norm: float) -> float:
