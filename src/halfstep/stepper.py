@@ -282,15 +282,15 @@ class Stepper:
 
     def _recover(self, decision: Decision, finding: Finding) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
-        why = decision.why
+        why, rate = decision.why, f"learning rates are now multiplied by {self._rescue.rate:g}"
         match decision.action:
             case "back-off":
-                why += f"; learning rates are now multiplied by {self._rescue.rate:g}"
+                why += f"; {rate}"
             case "roll-back":
                 applied = self._rescue.roll_back()
                 if applied is None:
                     return Decision(action="stop", why=f"{why}; there is no good state to go back to")
-                why += f"; from applied step {self.applied} to {applied}"
+                why += f"; {rate}; from applied step {self.applied} to {applied}"
                 self.applied = applied
             case "widen":
                 try:
