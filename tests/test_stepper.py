@@ -1,11 +1,12 @@
 import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from helpers import (
     SPLIT,
     assert_near,
     assert_same,
+    bits,
     copy_weights,
     has_hooks,
     make_class_batches,
@@ -1922,6 +1924,53 @@ def test_copy_and_saved_model_take_no_window_along(tmp_path: Path) -> None:
     torch.save(model, tmp_path / "model.pt")
     assert train(stepper, make_regression_batches(1))[0].applied
     assert torch.load(tmp_path / "model.pt", weights_only=False)(torch.ones(1, 8)).shape == (1, 3)
+
+
+class Scripted(nn.Module):
+    """Holds a layer in a plain list too, and has a hook of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.third = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.places = [self.first]
+        self.register_forward_hook(double_output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.third(self.second(self.places[0](x))[:, None])[:, 0])
+
+
+def double_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", "bf16-true", SPLIT, FP16_MASTER])
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "inside another"])
+def test_copies_and_saved_models_are_plain_fp32_ones(tmp_path: Path, mode: str, way: str) -> None:
+    with seeded(0):
+        model = Scripted()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), mode)
+    for _ in range(2):
+        with stepper.autocast():
+            loss = model(torch.ones(2, 8)).float().square().mean()
+        assert stepper.step(loss).applied
+    before, live = copy_weights(model), [bits(p).clone() for p in model.parameters()]
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        twin = pickle.loads(pickle.dumps(nn.Sequential(model)))[0]
+    assert_same(copy_weights(twin), before)
+    assert {p.dtype for p in twin.parameters()} == {torch.float32}
+    assert {type(module).__module__.partition(".")[0] for module in twin.modules()} == {"torch", Scripted.__module__}
+    assert twin.places[0] is twin.first
+    assert len(twin._forward_hooks) == 1 and not any(m._forward_pre_hooks for m in twin.modules())
+    assert all(torch.equal(bits(p), kept) for p, kept in zip(model.parameters(), live, strict=True))
+    plain = stepper.restore()
+    assert torch.equal(twin(torch.ones(2, 8)), plain(torch.ones(2, 8)))
+    assert set(vars(plain)) == set(vars(twin)) == set(vars(Scripted()))
 
 
 def test_restore_in_an_open_window_leaves_no_scaled_gradients() -> None:

@@ -38,6 +38,7 @@ from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
 from halfstep.snapshot import Snapshot
 from halfstep.stepping.agreement import agree_on_finding
 from halfstep.stepping.closures import ClosureStep
+from halfstep.stepping.copies import guard_copies
 from halfstep.stepping.gradient_release import Release
 from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import (
@@ -76,12 +77,14 @@ class Stepper:
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
-        self._optimizers, self._rescue, self._stalls = Optimizers(optimizers), Rescue(), StallReports()
+        self._optimizers = Optimizers(optimizers, self.conversion.masters)
+        self._rescue, self._stalls = Rescue(), StallReports()
         self._window = Window(model, optimizers)
         self._window.when_loaded = self._rescue.forget_state
         self._hooks = ExitStack()
         self._hooks.callback(self._optimizers.close)
         self._hooks.enter_context(self._window.watch())
+        self._hooks.enter_context(guard_copies(model, lambda: self.conversion.widened()))
 
     def __repr__(self) -> str:
         plan = "auto, not chosen yet" if self._waiting else self.plan.name or "a plan of its own"
