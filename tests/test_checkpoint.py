@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
-from halfstep.errors import CheckpointError
+from halfstep.checkpoint import claim_folder, load_checkpoint, pack, save_checkpoint, unpack
+from halfstep.errors import CheckpointError, RecordError
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int16, torch.uint8, torch.bool,
@@ -153,7 +153,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from halfstep.checkpoint import save_checkpoint
-from halfstep.errors import CheckpointError
+from halfstep.errors import CheckpointError, RecordError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -394,3 +394,29 @@ def test_checkpoint_whose_tensor_is_gone_is_refused(tmp_path: Path) -> None:
     state = {"schema": 1, "state": {"$pairs": [["w", {"$tensor": "0"}]]}}
     save_file({}, tmp_path / "c", metadata={"halfstep": json.dumps(state)})
     say_error(tmp_path / "c")
+
+
+# --- folders
+
+
+def test_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+    lock = claim_folder(tmp_path / "run")
+    with pytest.raises(
+        RecordError, match=r"run is in use by another process; wait until it ends, or give another --out"
+    ):
+        claim_folder(tmp_path / "run")
+    claim_folder(tmp_path / "other").release()
+    lock.release()
+    claim_folder(tmp_path / "run").release()
+
+
+def test_lock_of_a_process_that_was_killed_does_not_count(tmp_path: Path) -> None:
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RecordError, match="in use by another process"):
+            claim_folder(tmp_path)
+        other.kill()
+    assert (tmp_path / ".lock").exists()
+    claim_folder(tmp_path).release()

@@ -211,6 +211,21 @@ class TestTrain:
         assert (Plan.parse(first.plan).name, Plan.parse(second.plan).name) == ("bf16-mixed", "32-true")
         assert second.why == f"on resuming after step {step}, in place of bf16-mixed: nothing was rounded"
 
+    def test_a_folder_in_use_is_refused_until_its_process_is_dead(self, trained: House) -> None:
+        process, record = trained.start("train", "long.toml", "--out", "both"), trained.root / "both" / "record.jsonl"
+        while process.poll() is None and not (record.exists() and '"StepRecord"' in record.read_text()):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        for way in ("--resume", "--out"):
+            require_one_line(trained.run("train", "long.toml", way, "both"), "both is in use by another process")
+        process.kill()
+        process.communicate(timeout=60)
+        said = trained.succeed("train", "long.toml", "--resume", "both", "--recovery", "roll-back")
+        assert "starting again at step 0" in said or "going on after step" in said
+        assert trained.losses("both") == trained.losses("whole")
+        *_, plan = (r for r in trained.read("both") if isinstance(r, PlanRecord))
+        assert Plan.parse(plan.plan).recovery == "roll-back"
+
     def test_resuming_a_finished_run_changes_nothing(self, trained: House) -> None:
         before = {file.name: file.read_bytes() for file in (trained.root / "whole").iterdir()}
         assert "this run is finished" in trained.succeed("train", "long.toml", "--resume", "whole")
@@ -332,6 +347,7 @@ BAD_INPUT: dict[str, tuple[Callable[[House], None], str, str]] = {
     "events below a file": (make_file, "train tiny.toml --out run --tensorboard file/events", "file/events"),
     "unknown recipe key": (misspell_key, "train tiny.toml --out run", "did you mean 'batch_size'"),
     "unknown precision": (leave, "train tiny.toml --out run --precision bf61-mixed", "did you mean 'bf16-mixed'"),
+    "unknown recovery": (leave, "train tiny.toml --out run --recovery rollback", "did you mean 'roll-back'"),
     "unknown format": (leave, "train tiny.toml --out run --precision compute=bf61", "did you mean 'bf16'"),
     "unknown layer path": (write_plan, "plan tiny.toml --precision plan.toml", "did you mean 'blocks.0.qkv'"),
     "unknown device": (leave, "train tiny.toml --out run --device gpu", "gpu"),

@@ -20,7 +20,7 @@ from halfstep.records import EndRecord, EvaluationRecord, RunRecord, StepRecord
 from helpers import SPLIT, assert_same
 
 KILLS = 50
-FILES = {"checkpoint.safetensors", "checkpoint.safetensors.part", "record.jsonl", "record.part"}
+FILES = {"checkpoint.safetensors", "checkpoint.safetensors.part", "record.jsonl", "record.part", ".lock"}
 
 
 class Zygote:
@@ -88,7 +88,7 @@ def read_run(folder: Path) -> tuple[list[float], list[float]]:
 
 def assert_ended_alike(folder: Path, whole: Path) -> None:
     """The same losses and metrics, and the same checkpoint bit for bit, time aside; and nothing beside them."""
-    assert {file.name for file in folder.iterdir()} == {"checkpoint.safetensors", "record.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {"checkpoint.safetensors", "record.jsonl", ".lock"}
     assert read_run(folder) == read_run(whole)
     states: list[dict[str, Any]] = [load_checkpoint(f / "checkpoint.safetensors") for f in (folder, whole)]
     taken: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from halfstep.conversion import convert
 from halfstep.errors import UnsupportedError
@@ -857,3 +857,24 @@ def test_every_optimizer_behind_every_master_stays_as_near_to_fp32_as_it_is_prec
     elif kind != "none":
         roundings = (LEAST_SQUARES_STEPS + 1) * ROUNDOFF[kind]
         assert error.square().mean().sqrt().item() <= growth * (roundings + exact) * largest * (1 + 2.0**-8)
+
+
+class OwnSGD(SGD):
+    """An optimizer that may keep its parameters anywhere."""
+
+
+@pytest.mark.parametrize("kind", ["split", "fp32", "stochastic"])
+@pytest.mark.parametrize(("optimizer", "stays"), [(SGD, True), (AdamW, True), (OwnSGD, False)])
+def test_known_optimizers_leave_the_hooks_on_narrow_weights(kind: str, optimizer: Any, stays: bool) -> None:
+    weight = nn.Parameter(torch.ones(4))
+    masters = MasterWeights()
+    masters.narrow(weight, torch.bfloat16, kind)
+    node = torch.autograd.graph.get_gradient_edge(weight).node  # where DistributedDataParallel has its hook
+    held = optimizer([weight], lr=0.5)
+    for _ in range(2):
+        masters.step(held, {weight: torch.ones(4)})
+        assert (torch.autograd.graph.get_gradient_edge(weight).node is node) is stays
+        assert held.param_groups[0]["params"][0] is weight
+        assert set(held.state) <= {weight}
+        assert weight.grad is None
+    assert masters.read(weight).max() < 1.0

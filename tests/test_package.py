@@ -62,6 +62,7 @@ SPINE = [
     "stepping.optimizers",
     "stepping.agreement",
     "stepping.closures",
+    "stepping.copies",
     "stepping.gradient_release",
     "stepping.options",
     "stepping.rescue",

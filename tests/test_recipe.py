@@ -201,3 +201,15 @@ def test_any_recipe_reads_back_from_its_text(steps: int, lr: float, seed: int, d
 
 def test_a_recipe_error_is_one_of_halfsteps() -> None:
     assert issubclass(RecipeError, HalfstepError)
+
+
+def test_a_recovery_is_kept_and_stated_where_it_is_given() -> None:
+    plain = load_recipe("image-classification")
+    assert plain.recovery is None and "recovery" not in str(plain)
+    given = load_recipe("image-classification", ["recovery=back-off"])
+    assert given.recovery == "back-off"
+    assert parse_recipe(tomllib.loads(str(given)), given.name) == given
+    with pytest.raises(
+        RecipeError, match="recipe 'image-classification': unknown recovery 'backoff'; did you mean 'back-off'"
+    ):
+        load_recipe("image-classification", ["recovery=backoff"])

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from halfstep.errors import MissingExtraError
+from halfstep.errors import MissingExtraError, TrainingError
 from halfstep.records import (
     ArmResult,
     Capability,
@@ -361,6 +361,35 @@ class TestProgress:
         assert "loss 1.7500" in drawn
         assert "3,200 samples/s" in drawn
         assert "scale 8" in drawn
+
+    def test_what_matters_is_seen_at_80_columns(self) -> None:
+        console = Console(width=80, file=io.StringIO(), force_terminal=True)
+        run = [make_step(n, "skipped" if n < 14 else "applied") for n in range(1, 15)]
+        long = replace(run[-1], outcome=replace(run[-1].outcome, scale_after=2.0**16), samples=10**6, step=99_999)
+        follow_run(iter([*run, long, RUN[-1]]), 100_000, BITS, console, None)
+        assert isinstance(console.file, io.StringIO)
+        assert "loss 2.0000, 13 skipped, scale 65536" in console.file.getvalue()
+        assert "99999/100000" in console.file.getvalue()
+
+    def test_many_skips_are_one_line_and_a_summary(self) -> None:
+        run = [make_step(n, "skipped" if n % 2 else "applied") for n in range(1, 40)]
+        for parts in ([*run, RUN[-2], RUN[-1]], [*run, RUN[-1]]):
+            console = Console(width=120, record=True, file=io.StringIO())
+            follow_run(iter(parts), 40, BITS, console, None)
+            told = [line for line in console.export_text().splitlines() if "skipped" in line and "loss 2" not in line]
+            assert told == [
+                "step 1 skipped: the loss is nan", "19 more steps skipped, the last is step 39: the loss is nan",
+            ]  # fmt: skip
+
+    def test_skips_of_a_run_that_fails_are_summed_up(self) -> None:
+        def fail() -> Iterator[Record]:
+            yield from (make_step(1, "skipped"), make_step(2, "skipped"))
+            raise TrainingError("stopped")
+
+        console = Console(width=120, record=True, file=io.StringIO())
+        with pytest.raises(TrainingError):
+            follow_run(fail(), 3, BITS, console, None)
+        assert "1 more step skipped, the last is step 2: the loss is nan" in console.export_text()
 
     def test_steps_that_took_no_time_by_a_clock_that_was_set_back_are_shown(self) -> None:
         console = Console(width=200, file=io.StringIO(), force_terminal=True)

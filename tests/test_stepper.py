@@ -1,18 +1,19 @@
 import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LRScheduler, SequentialLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from halfstep import stepper as stepper_module
@@ -31,6 +32,7 @@ from helpers import (
     SPLIT,
     assert_near,
     assert_same,
+    bits,
     copy_weights,
     has_hooks,
     make_class_batches,
@@ -745,7 +747,16 @@ def test_state_round_trip_with_every_field_away_from_its_default() -> None:
             )
         ),
         "loss_scale": {"scale": 8.0, "clean": 7, "overflows": 2},
-        "recovery": {"skips": 3, "failures": 2, "clean": 4, "rate": 0.25, "actions": 1},
+        "recovery": {
+            "step": 9,
+            "skipped_at": (6, 7, 8),
+            "failed_at": (7, 8),
+            "skips": 3,
+            "failures": 2,
+            "clean": 4,
+            "rate": 0.25,
+            "actions": 1,
+        },
         "masters": {"seed": 7, "steps": 6},
         "applied": 5,
         "skipped": 3,
@@ -1191,6 +1202,28 @@ def test_average_made_after_the_conversion_is_refused() -> None:
 # --- closures
 
 
+def test_average_of_another_model_is_refused_and_one_of_this_model_is_not() -> None:
+    model, other = make_mlp(), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ModelError, match=r"is of another model: '2.weight' has shape none there and \(16, 16\) here"):
+        prepare(model, optimizer, "32-true", averages=[AveragedModel(model), AveragedModel(nn.Sequential(other[0]))])
+    with pytest.raises(ModelError, match=r"'1.weight' has shape \(3, 16\) there and none here"):
+        prepare(nn.Sequential(other[0]), SGD(other.parameters(), lr=0.1), "32-true", averages=AveragedModel(other))
+    assert prepare(model, optimizer, "32-true", averages=AveragedModel(model)).accumulate == 1
+
+
+def test_schedule_of_another_optimizer_is_refused() -> None:
+    model = make_mlp()
+    own, other = SGD(model.parameters(), lr=0.1), SGD(make_mlp().parameters(), lr=0.2)
+    with pytest.raises(ModelError, match=r"StepLR schedules SGD with lr=0.2, which is none of the optimizers given"):
+        prepare(model, own, "32-true", schedulers=[StepLR(own, 1), StepLR(other, 1)])
+    with pytest.raises(ModelError, match="SequentialLR schedules SGD"):
+        others: list[LRScheduler] = [StepLR(other, 1), StepLR(other, 2)]
+        prepare(model, own, "32-true", schedulers=SequentialLR(other, others, milestones=[2]))
+    steps: list[LRScheduler] = [StepLR(own, 1), StepLR(own, 2)]
+    assert prepare(model, own, "32-true", schedulers=ChainedScheduler(steps)).schedulers
+
+
 class SAM(Optimizer):
     """Foret et al. 2021: step to where the loss is worst nearby, take the gradient there, come back, step with it."""
 
@@ -1317,6 +1350,15 @@ def test_lbfgs_without_a_closure_and_a_closure_in_a_window_say_what_to_do() -> N
         window.step(closure=lambda: model(torch.ones(1, 8)).sum())
 
 
+def test_lbfgs_in_a_window_or_beside_another_optimizer_is_refused_by_prepare() -> None:
+    model = make_mlp()
+    with pytest.raises(ModelError, match=r"takes one optimizer and accumulate=1.*; got 1 and accumulate=2"):
+        prepare(model, LBFGS(model.parameters()), "32-true", accumulate=2)
+    halves = LBFGS(model[0].parameters()), SGD(model[2].parameters(), lr=0.1)
+    with pytest.raises(ModelError, match="got 2 and accumulate=1"):
+        prepare(model, halves, "32-true")
+
+
 # --- recovery
 
 
@@ -1383,6 +1425,52 @@ def test_back_off_halves_the_learning_rate_and_gives_it_back() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+def test_roll_back_ends_a_divergence_by_a_learning_rate_that_is_small_enough() -> None:
+    model, batches = make_mlp(), make_regression_batches(400)
+    stepper = prepare(model, SGD(model.parameters(), lr=64.0), "32-true", recovery="roll-back")
+    outcomes = train(stepper, batches)
+    told = [outcome.recovery for outcome in outcomes if outcome.recovery]
+    assert 3 <= len(told) < 12
+    assert "learning rates are now multiplied by 0.125; from applied step" in told[2]
+    assert all(outcome.applied for outcome in outcomes[-50:])
+    assert all(bool(torch.isfinite(value).all()) for value in copy_weights(model).values())
+
+
+@pytest.mark.parametrize("mode", ["32-true", SPLIT])
+def test_run_at_a_reduced_rate_resumes_bit_for_bit(mode: str) -> None:
+    models, (bad, *batches) = [make_mlp(), make_mlp()], make_regression_batches(12)
+    steppers = [prepare(m, make_adamw(m), mode, recovery="back-off") for m in models]
+    first, second = steppers
+    for stepper in steppers:
+        stepper.recovery_rule = replace(stepper.recovery_rule, interval=6)
+    train(first, [batches[0], *[(bad[0], bad[1] * math.nan)] * 3, *batches[1:4]])
+    tensors: dict[str, Tensor] = {}
+    parts = (first.state_dict(), models[0].state_dict(), first.optimizer.state_dict())
+    state, weights, optimizer = unpack(pack(parts, tensors), tensors)
+    second.load_state_dict(state)
+    models[1].load_state_dict(weights)
+    second.optimizer.load_state_dict(optimizer)
+    rates = []
+    for batch in batches[4:]:
+        for stepper in steppers:
+            train(stepper, [batch])
+        rates.append(second._rescue.rate)
+        assert_same(copy_weights(models[1]), copy_weights(models[0]))
+    assert rates == [0.5, 0.5] + [1.0] * 5
+
+
+def test_policy_that_prepare_is_given_goes_before_that_of_the_plan() -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile=make_profile("slower"), recovery="widen")
+    train(stepper, make_regression_batches(1))
+    assert stepper.recovery_rule.policy == stepper.plan.recovery == "widen"
+    stepper.adopt(replace(Plan.preset("bf16-mixed"), recovery="stop"))
+    assert stepper.recovery_rule.policy == "widen"
+    stepper.restore()
+    with pytest.raises(PlanError, match="unknown recovery 'rollback'; did you mean 'roll-back'"):
+        prepare(model, SGD(model.parameters(), lr=0.1), "32-true", recovery="rollback")
+
+
 def test_widen_puts_the_layer_that_overflows_into_fp32() -> None:
     with seeded(0):
         model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
@@ -1397,7 +1485,7 @@ def test_widen_puts_the_layer_that_overflows_into_fp32() -> None:
     assert [stepper.conversion.table[path].compute for path in "012"] == ["fp16", "fp32", "fp32"]
     assert outcomes[-1].applied
     assert stepper.plan_record is not None
-    assert stepper.plan_record.why.startswith("widened: 3 in a row that no loss scale can mend")
+    assert stepper.plan_record.why.startswith("widened: 3 steps in a row failed as no loss scale can mend")
     assert Plan.parse(stepper.plan_record.plan) == stepper.plan
 
 
@@ -1836,6 +1924,53 @@ def test_copy_and_saved_model_take_no_window_along(tmp_path: Path) -> None:
     torch.save(model, tmp_path / "model.pt")
     assert train(stepper, make_regression_batches(1))[0].applied
     assert torch.load(tmp_path / "model.pt", weights_only=False)(torch.ones(1, 8)).shape == (1, 3)
+
+
+class Scripted(nn.Module):
+    """Holds a layer in a plain list too, and has a hook of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.third = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.places = [self.first]
+        self.register_forward_hook(double_output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.third(self.second(self.places[0](x))[:, None])[:, 0])
+
+
+def double_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", "bf16-true", SPLIT, FP16_MASTER])
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "inside another"])
+def test_copies_and_saved_models_are_plain_fp32_ones(tmp_path: Path, mode: str, way: str) -> None:
+    with seeded(0):
+        model = Scripted()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), mode)
+    for _ in range(2):
+        with stepper.autocast():
+            loss = model(torch.ones(2, 8)).float().square().mean()
+        assert stepper.step(loss).applied
+    before, live = copy_weights(model), [bits(p).clone() for p in model.parameters()]
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        twin = pickle.loads(pickle.dumps(nn.Sequential(model)))[0]
+    assert_same(copy_weights(twin), before)
+    assert {p.dtype for p in twin.parameters()} == {torch.float32}
+    assert {type(module).__module__.partition(".")[0] for module in twin.modules()} == {"torch", Scripted.__module__}
+    assert twin.places[0] is twin.first
+    assert len(twin._forward_hooks) == 1 and not any(m._forward_pre_hooks for m in twin.modules())
+    assert all(torch.equal(bits(p), kept) for p, kept in zip(model.parameters(), live, strict=True))
+    plain = stepper.restore()
+    assert torch.equal(twin(torch.ones(2, 8)), plain(torch.ones(2, 8)))
+    assert set(vars(plain)) == set(vars(twin)) == set(vars(Scripted()))
 
 
 def test_restore_in_an_open_window_leaves_no_scaled_gradients() -> None:

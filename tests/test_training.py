@@ -281,7 +281,7 @@ def test_run_writes_what_it_yields_and_a_checkpoint(tmp_path: Path) -> None:
     assert isinstance(seen[-1], EndRecord)
     assert (seen[-1].step, seen[-1].reason, seen[-1].skipped_steps) == (12, "finished", 0)
     assert seen[-1].peak_memory_bytes > 0
-    assert sorted(file.name for file in run.folder.iterdir()) == ["checkpoint.safetensors", "record.jsonl"]
+    assert sorted(file.name for file in run.folder.iterdir()) == [".lock", "checkpoint.safetensors", "record.jsonl"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -800,7 +800,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_former_checkpoint_and_the_rec
         patch.setattr(checkpoint_module, "save_file", save)
         with pytest.raises(CheckpointError, match="No space left on device; the checkpoint before is kept in"):
             drive(run, save_every=1)
-    assert sorted(file.name for file in run.folder.iterdir()) == ["checkpoint.safetensors", "record.jsonl"]
+    assert sorted(file.name for file in run.folder.iterdir()) == [".lock", "checkpoint.safetensors", "record.jsonl"]
     assert_failed_and_can_go_on(run, whole, "No space left on device", saved=(7,))
 
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep import records
+from halfstep.control.controller import Policy
 from halfstep.control.sensitivity import measure_harm
 from halfstep.errors import RecipeError, describe_unknown
 from halfstep.machine.runtime import read_peak_memory, tune_process, use_channels_last
@@ -118,8 +119,8 @@ def require_arms(names: Sequence[str]) -> None:
         raise RecipeError(f"arms are named once each and '{REFERENCE}' is one of them; got {', '.join(names)}")
 
 
-def build_arm(name: str, task: Task, settings: TrainSettings, precision: str) -> Steps:
-    """Model, optimizer and step of an arm."""
+def build_arm(name: str, task: Task, settings: TrainSettings, precision: str, recovery: Policy | None = None) -> Steps:
+    """Model, optimizer and step of an arm. precision, recovery: of the arms that halfstep makes."""
     tuned = name.endswith("-tuned") or name.startswith("halfstep")
     if name == CONTROL:
         settings, precision = replace(settings, lr=settings.lr * CONTROL_LR), CONTROL_PLAN
@@ -138,6 +139,7 @@ def build_arm(name: str, task: Task, settings: TrainSettings, precision: str) ->
             accumulate=settings.accumulate,
             clip=settings.clip or None,
             schedulers=scheduler,
+            recovery=recovery,
         )
     device_type = next(model.parameters()).device.type
     dtype = {"cpu": torch.bfloat16, "cuda": torch.float16}[device_type] if "amp" in name else None
@@ -150,10 +152,13 @@ def tune_arm(name: str) -> AbstractContextManager[dict[str, str]]:
     return tune_process(allocator=tuned)
 
 
-def work(name: str, task: Task, settings: TrainSettings, precision: str, source: IO[str], sink: IO[str]) -> None:
+def work(
+    name: str, task: Task, settings: TrainSettings, precision: str, source: IO[str], sink: IO[str], *,
+    recovery: Policy | None = None,
+) -> None:  # fmt: skip
     """One arm in a process of its own: runs as many steps as each line of `source` allows, writes records to `sink`."""
     with tune_arm(name):
-        stepper = build_arm(name, task, settings, precision)
+        stepper = build_arm(name, task, settings, precision, recovery)
         running = train_steps(task, stepper, settings)
         plan: PlanRecord | None = None
         allowed = _wait_for_turn(source, sink)

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from halfstep.errors import CheckpointError
+from halfstep.errors import CheckpointError, RecordError
 from halfstep.plan import PRESETS, Plan
 from halfstep.stepper import Stepper, read_plan
 
@@ -146,6 +147,34 @@ def force_to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def claim_folder(folder: Path | str) -> FileLock:
+    """Keep other processes out of a run's folder, until `release()` or until this process ends, however it ends.
+
+    The lock is the system's, on the file `.lock` there; the file by itself means nothing.
+
+    Examples:
+        >>> folder = getfixture("tmp_path")
+        >>> lock = claim_folder(folder)
+        >>> claim_folder(folder)
+        Traceback (most recent call last):
+        halfstep.errors.RecordError: ...
+        >>> lock.release(); claim_folder(folder).is_locked
+        True
+
+    Raises RecordError where another one is at work.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise RecordError(f"{folder} is in use by another process; wait until it ends, or give another --out") from None
+    except OSError as error:
+        raise RecordError(f"{folder} cannot be written ({error.strerror}); give another --out") from None
+    return lock
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from halfstep.errors import CheckpointError, HalfstepError, RecipeError, RecordE
 if TYPE_CHECKING:
     from halfstep.records import Record
     from halfstep.tasks.recipe import Recipe
+    from halfstep.training import Run
 
 app = typer.Typer(
     help="Train neural networks in mixed precision: measured, safe, and proved against fp32.",
@@ -38,6 +39,15 @@ Overrides = Annotated[
 ]
 Data = Annotated[
     str | None, typer.Option("--data", metavar="PATH", help="File or folder to train on; the same as --set data=PATH.")
+]
+Precision = Annotated[str | None, typer.Option("--precision", help="auto, a precision name, or a plan file.")]
+RecoveryName = Annotated[
+    str | None,
+    typer.Option(
+        "--recovery",
+        metavar="POLICY",
+        help="What is done about steps that keep failing: skip, back-off, roll-back, widen or stop; default: as the plan says.",
+    ),
 ]
 StepCount = Annotated[int | None, typer.Option("--steps", help="Training steps; the same as --set steps=N.")]
 Json = Annotated[
@@ -84,18 +94,38 @@ def _spell(**shorthands: object) -> list[str]:
     return [f"{key}={value}" for key, value in shorthands.items() if value is not None]
 
 
-def _take_options(record: Path, recipe: "Recipe", given: list[str]) -> "Recipe":
-    """The recipe of the run that is resumed, with the options that are given now. Raises CheckpointError for another task."""
+def _read_head(folder: Path) -> "records.RunRecord | None":
+    """What stands at the head of the run in a folder; None where there is none."""
+    record = folder / "record.jsonl"
+    head = next(records.read(record), None) if record.exists() else None
+    return head if isinstance(head, records.RunRecord) else None
+
+
+def _take_over(folder: Path, recipe: "Recipe", given: list[str]) -> "Recipe":
+    """The recipe of the run that is resumed, with the options that are given now.
+
+    Raises CheckpointError, naming what differs, for another task and for options that would make it another run: all but
+    precision and recovery.
+    """
     import tomllib
+    from dataclasses import replace
 
     from halfstep.tasks.recipe import parse_recipe
 
-    head = next(records.read(record), None) if record.exists() else None
-    if not isinstance(head, records.RunRecord):
+    head = _read_head(folder)
+    if head is None:
         return recipe
     if head.task != recipe.task:
-        raise CheckpointError(f"{record.parent} is a run of task {head.task}; recipe '{recipe.name}' is {recipe.task}")
-    return parse_recipe(tomllib.loads(head.recipe), recipe.name, given)
+        raise CheckpointError(f"{folder} is a run of task {head.task}; recipe '{recipe.name}' is {recipe.task}")
+    before, now = (parse_recipe(tomllib.loads(head.recipe), recipe.name, words) for words in ((), given))
+    same = replace(now, precision=before.precision, recovery=before.recovery)
+    pairs = zip(str(before).splitlines(), str(same).splitlines(), strict=True)
+    changed = "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
+    if changed:
+        raise CheckpointError(
+            f"{folder} was started with other options: {changed}; give the same ones; only --precision and --recovery may change"
+        )
+    return now
 
 
 def _write_json(record: "Record", target: Path | None) -> None:
@@ -147,9 +177,7 @@ def probe(
 @app.command()
 def plan(
     recipe: RecipeName,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, a precision name, or a plan file.")
-    ] = None,
+    precision: Precision = None,
     overrides: Overrides = None,
     data: Data = None,
     save: Annotated[
@@ -191,9 +219,8 @@ def train(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FOLDER", help="Go on with the run in this folder.")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, a precision name, or a plan file.")
-    ] = None,
+    precision: Precision = None,
+    recovery: RecoveryName = None,
     steps: StepCount = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of weights and data order.")] = None,
     data: Data = None,
@@ -208,77 +235,108 @@ def train(
 ) -> None:
     """Train a recipe. Ctrl-C saves and ends; --resume goes on exactly where it stopped.
 
-    With --precision, --resume goes on in another precision, from the fp32 weights, and says what that rounds.
+    With --precision, --resume goes on in another precision, from the fp32 weights, and says what that rounds; with
+    --recovery under another policy.
     """
-    import torch
-
-    from halfstep.machine.hardware import name_machine, require_device
-    from halfstep.machine.runtime import tune_process, use_channels_last
-    from halfstep.records import RunRecord
-    from halfstep.report.progress import follow_run
-    from halfstep.stepper import prepare
-    from halfstep.training import Run, build_optimizer, build_schedule
+    from halfstep.machine.hardware import require_device
+    from halfstep.machine.runtime import tune_process
 
     if out is not None and resume is not None:
         raise RecipeError("give --out for a new run or --resume for an old one, not both")
     require_device(device)
-    loaded = _load(recipe, overrides, precision=precision, steps=steps, seed=seed, data=data)
+    given = [
+        *(overrides or []),
+        *_spell(precision=precision, recovery=recovery, steps=steps, seed=seed, data=data),
+    ]
+    loaded = _load(recipe, given)
     if resume is not None:
-        given = [*(overrides or []), *_spell(precision=precision, steps=steps, seed=seed, data=data)]
-        loaded = _take_options(resume / "record.jsonl", loaded, given)
+        loaded = _take_over(resume, loaded, given)
     folder = resume or out or Path("runs") / f"{loaded.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    task, settings = loaded.build_task(device), loaded.train
     with tune_process() as process:
-        model = task.build_model()
-        use_channels_last(model)
-        optimizer = build_optimizer(model, settings, fused=True)
-        stepper = prepare(
-            model, optimizer, loaded.precision, accumulate=settings.accumulate, clip=settings.clip or None,
-            schedulers=build_schedule(optimizer, settings),
-        )  # fmt: skip
-        stepper.conversion.masters.seed = settings.seed
-        run = Run(task, stepper, settings, folder, name=f"{loaded.name}, {loaded.task}")
-        if resume is not None:
-            asked = precision is not None or any(word.startswith("precision=") for word in overrides or [])
-            _require_same_recipe(run.record, loaded, new_precision=asked)
-            end = run.find_end()
-            if end is not None and end.reason == "finished":
-                console.print("this run is finished; nothing to do")
-                return
-            rounding = run.resume(loaded.precision if asked else None)
-            console.print(
-                f"going on after step {run.done}"
-                if run.done
-                else "no checkpoint is there yet: starting again at step 0"
-            )
-            if rounding is not None:
-                console.print(f"from here on in {loaded.precision}: {rounding}", soft_wrap=True)
-        else:
-            run.begin(
-                RunRecord(task=loaded.task, arm="halfstep", precision=loaded.precision, seed=settings.seed, steps=settings.steps,
-                          recipe=str(loaded), machine=name_machine(device), torch_version=torch.__version__,
-                          threads=torch.get_num_threads(), settings=process,
-                          date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-            )  # fmt: skip
+        run = _build_run(loaded, folder, device, keeps_policy=resume is not None and not _names("recovery", given))
+        if resume is None:
+            run.begin(_describe_run(loaded, process, device))
+        elif not _go_on(run, loaded.precision if _names("precision", given) else None):
+            return
+        end = _drive(run, save_every, tensorboard)
+    _tell_end(end, folder, loaded.train.steps)
 
-        def stop(_signal: int, _frame: Any) -> None:
-            run.stop = True
 
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            end = follow_run(run.drive(save_every=save_every), settings.steps, task.metric, console, tensorboard)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _names(key: str, given: list[str]) -> bool:
+    """Whether overrides say something of a key."""
+    return any(word.startswith(f"{key}=") for word in given)
+
+
+def _build_run(recipe: "Recipe", folder: Path, device: str, *, keeps_policy: bool) -> "Run":
+    """keeps_policy: what is done about failures is what the checkpoint says, where there is one."""
+    from halfstep.machine.runtime import use_channels_last
+    from halfstep.stepper import prepare
+    from halfstep.training import Run, build_optimizer, build_schedule
+
+    task, settings = recipe.build_task(device), recipe.train
+    model = task.build_model()
+    use_channels_last(model)
+    optimizer = build_optimizer(model, settings, fused=True)
+    has_policy = keeps_policy and (folder / "checkpoint.safetensors").exists()
+    stepper = prepare(
+        model, optimizer, recipe.precision, accumulate=settings.accumulate, clip=settings.clip or None,
+        schedulers=build_schedule(optimizer, settings), recovery=None if has_policy else recipe.recovery,
+    )  # fmt: skip
+    stepper.conversion.masters.seed = settings.seed
+    return Run(task, stepper, settings, folder, name=f"{recipe.name}, {recipe.task}")
+
+
+def _describe_run(recipe: "Recipe", process: dict[str, str], device: str) -> records.RunRecord:
+    """The head of a new run."""
+    import torch
+
+    from halfstep.machine.hardware import name_machine
+
+    return records.RunRecord(
+        task=recipe.task, arm="halfstep", precision=recipe.precision, seed=recipe.train.seed, steps=recipe.train.steps,
+        recipe=str(recipe), machine=name_machine(device), torch_version=torch.__version__,
+        threads=torch.get_num_threads(), settings=process,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _go_on(run: "Run", precision: str | None) -> bool:
+    """Bring a run to where it stopped, in another precision where one is given; False when it is finished."""
+    end = run.find_end()
+    if end is not None and end.reason == "finished":
+        console.print("this run is finished; nothing to do")
+        return False
+    rounding = run.resume(precision)
+    after = f"going on after step {run.done}"
+    console.print(after if run.done else "no checkpoint is there yet: starting again at step 0")
+    if rounding is not None:
+        console.print(f"from here on in {precision}: {rounding}", soft_wrap=True)
+    return True
+
+
+def _drive(run: "Run", save_every: int, tensorboard: Path | None) -> records.EndRecord:
+    """Train to the end, or to a signal; what the signals did before is restored."""
+    from halfstep.report.progress import follow_run
+
+    def stop(_signal: int, _frame: Any) -> None:
+        run.stop = True
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return follow_run(run.drive(save_every=save_every), run.settings.steps, run.task.metric, console, tensorboard)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_end(end: records.EndRecord, folder: Path, steps: int) -> None:
+    """Raises typer.Exit for a run that was interrupted."""
     console.print(f"kept in {folder}", soft_wrap=True)
     if 10 * end.skipped_steps > end.step:
         console.print(f"{end.skipped_steps} steps were skipped: this run has hardly trained; see the causes above")
     if end.reason == "interrupted":
         again = shlex.join(["halfstep", *_drop_options(sys.argv[1:], "--out", "--resume"), "--resume", str(folder)])
-        console.print(
-            f"stopped after step {end.step} of {settings.steps}; go on with: {again}",
-            soft_wrap=True,
-        )
+        console.print(f"stopped after step {end.step} of {steps}; go on with: {again}", soft_wrap=True)
         raise typer.Exit(130)
 
 
@@ -288,28 +346,6 @@ def _drop_options(words: list[str], *names: str) -> list[str]:
     return [w for w in kept if not w.startswith(tuple(f"{name}=" for name in names))]
 
 
-def _require_same_recipe(record: Path, recipe: "Recipe", *, new_precision: bool) -> None:
-    """Raises CheckpointError, naming what differs, when a run was started with another recipe or other options.
-
-    Its precision may differ where a new one is asked for.
-    """
-    from dataclasses import replace
-
-    head = next(records.read(record), None) if record.exists() else None
-    if not isinstance(head, records.RunRecord):
-        return
-    before, now = head.recipe, str(replace(recipe, precision=head.precision) if new_precision else recipe)
-    if before != now:
-        changed = "; ".join(
-            f"{old} then, {new} now"
-            for old, new in zip(before.splitlines(), now.splitlines(), strict=True)
-            if old != new
-        )
-        raise CheckpointError(
-            f"{record.parent} was started with other options: {changed}; give the same ones; only --precision may change"
-        )
-
-
 @app.command()
 def compare(
     recipe: RecipeName,
@@ -317,6 +353,7 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", help="Paired seeds; the equivalence test needs two or more.")] = 3,
     steps: StepCount = None,
     data: Data = None,
+    recovery: RecoveryName = None,
     overrides: Overrides = None,
     target: Target = None,
     json: Json = None,
@@ -353,7 +390,7 @@ def compare(
     names = [name.strip() for name in arms.split(",")]
     require_arms(names)
     _require_writable(json, page)
-    loaded = _load(recipe, overrides, precision=rehearse, steps=steps, data=data)
+    loaded = _load(recipe, overrides, precision=rehearse, steps=steps, data=data, recovery=recovery)
     task = loaded.build_task()
 
     def compare_arms(recipe: "Recipe", names: list[str]) -> comparison.ComparisonRecord:
@@ -433,4 +470,5 @@ def worker(recipe: RecipeName, arm: Annotated[str, typer.Option()], seed: Annota
     from halfstep.arms import work
 
     loaded = _load(recipe, None, seed=seed)
-    work(arm, loaded.build_task(), loaded.train, loaded.precision, sys.stdin, sys.stdout)
+    task = loaded.build_task()
+    work(arm, task, loaded.train, loaded.precision, sys.stdin, sys.stdout, recovery=loaded.recovery)

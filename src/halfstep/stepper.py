@@ -16,6 +16,7 @@ kept against steps that go on failing, and what `prepare` refuses.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ from halfstep.rehearsals import REHEARSALS
 from halfstep.snapshot import Snapshot
 from halfstep.stepping.agreement import agree_on_finding
 from halfstep.stepping.closures import ClosureStep
+from halfstep.stepping.copies import guard_copies
 from halfstep.stepping.gradient_release import Release
 from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import (
@@ -46,6 +48,7 @@ from halfstep.stepping.options import (
     require_alone,
     require_plan,
     require_possible,
+    require_stand_ins,
     require_trainable,
     require_whole,
     take_several,
@@ -77,12 +80,14 @@ class Stepper:
         self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
-        self._optimizers, self._rescue, self._stalls = Optimizers(optimizers), Rescue(), StallReports()
+        self._optimizers = Optimizers(optimizers, self.conversion.masters)
+        self._rescue, self._stalls = Rescue(), StallReports()
         self._window = Window(model, optimizers)
         self._window.when_loaded = self._rescue.forget_state
         self._hooks = ExitStack()
         self._hooks.callback(self._optimizers.close)
         self._hooks.enter_context(self._window.watch())
+        self._hooks.enter_context(guard_copies(model, lambda: self.conversion.widened()))
 
     def __repr__(self) -> str:
         plan = "auto, not chosen yet" if self._waiting else self.plan.name or "a plan of its own"
@@ -197,7 +202,7 @@ class Stepper:
         snapshot, before, is_due = self._take_snapshot(), self.scale, self._rescue.needs_state(self.applied)
         step = ClosureStep(
             window=self._window, optimizers=self._optimizers, masters=self.conversion.masters, autocast=self.autocast,
-            scale=before, clip=self._clip, agree=self._agree, average=self.ranks.average,
+            scale=before, clip=self._clip, agree=partial(self._agree, closure=True), average=self.ranks.average,
         )  # fmt: skip
         try:
             with self._optimizers.at_rate(self._rescue.rate):
@@ -215,8 +220,10 @@ class Stepper:
             self._window.clear()
         return self._settle(finding, before)
 
-    def _agree(self, finding: Finding) -> Finding:
+    def _agree(self, finding: Finding, *, closure: bool = False) -> Finding:
         """What this process found -> what all found that train together."""
+        if self._window.is_wrapped and len(self.conversion.masters):
+            require_stand_ins(self.optimizers, closure=closure)
         return agree_on_finding(finding, self.ranks, next(self.model.parameters()).device)
 
     def _clip(self, norm: float) -> float:
@@ -282,16 +289,16 @@ class Stepper:
 
     def _recover(self, decision: Decision, finding: Finding) -> Decision:
         """Do what was decided; what cannot be done ends the run."""
-        why = decision.why
+        why, rate = decision.why, f"learning rates are now multiplied by {self._rescue.rate:g}"
         match decision.action:
             case "back-off":
-                why += f"; learning rates are now multiplied by {self._rescue.rate:g}"
+                why += f"; {rate}"
             case "roll-back":
                 applied = self._rescue.roll_back()
                 self._quantized.clear()
                 if applied is None:
                     return Decision(action="stop", why=f"{why}; there is no good state to go back to")
-                why += f"; from applied step {self.applied} to {applied}"
+                why += f"; {rate}; from applied step {self.applied} to {applied}"
                 self.applied = applied
             case "widen":
                 try:

@@ -11,19 +11,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Protocol
 
 import torch
+from filelock import FileLock
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from halfstep import records
-from halfstep.checkpoint import Rounding, change_plan, force_to_disk, load_checkpoint, save_checkpoint
+from halfstep.checkpoint import Rounding, change_plan, claim_folder, force_to_disk, load_checkpoint, save_checkpoint
 from halfstep.errors import CheckpointError, DataError, RecordError
 from halfstep.machine.runtime import read_peak_memory
 from halfstep.plan import Plan
@@ -181,7 +182,8 @@ def _read_learning_rate(stepper: Steps) -> float:
 class Run:
     """A run in a folder: `record.jsonl` and `checkpoint.safetensors`.
 
-    A run that is interrupted, or killed, and resumed gives the same weights and the same losses as one that was not.
+    A run that is interrupted, or killed, and resumed gives the same weights and the same losses as one that was not. From
+    `begin` or `resume` on the folder is this run's alone, until `drive` ends, `close` is called or the process ends.
     """
 
     def __init__(self, task: Task, stepper: Stepper, settings: TrainSettings, folder: Path, *, name: str) -> None:
@@ -190,6 +192,23 @@ class Run:
         self.train_seconds = 0.0
         self.stop = False  # set it, from a signal handler for example, to save and end after the current step
         self._plan_written: PlanRecord | None = None
+        self._lock: FileLock | None = None
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The folder is this run's from here on, unless an error comes."""
+        self.close()
+        self._lock = claim_folder(self.folder)
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def checkpoint(self) -> Path:
@@ -200,12 +219,16 @@ class Run:
         return self.folder / "record.jsonl"
 
     def begin(self, head: Record) -> None:
-        """Start a fresh record. Raises RecordError when the folder cannot be written or holds a run already."""
-        if self.record.exists():
-            raise RecordError(
-                f"{self.folder} holds a run already; give --resume to go on with it, another --out, or delete the folder"
-            )
-        self._write_record([head])
+        """Start a fresh record.
+
+        Raises RecordError when the folder cannot be written, holds a run already, or is in use by another process.
+        """
+        with self._claimed():
+            if self.record.exists():
+                raise RecordError(
+                    f"{self.folder} holds a run already; give --resume to go on with it, another --out, or delete the folder"
+                )
+            self._write_record([head])
 
     def find_end(self) -> EndRecord | None:
         """How the run in the folder ended; None for one that was killed or has not begun."""
@@ -226,8 +249,15 @@ class Run:
         Returns what another plan has rounded; None where it is the saved one.
 
         Raises CheckpointError when the checkpoint is missing, damaged or of another model or recipe, RecordError when the
-        record cannot be read, and what `Stepper.adopt` raises for the plan; the folder is left as it was then.
+        record cannot be read or another process is at work in the folder, and what `Stepper.adopt` raises for the plan; the
+        folder is left as it was then.
         """
+        if not self.folder.exists():
+            raise CheckpointError(f"there is no checkpoint {self.checkpoint}; give the folder of a run that saved one")
+        with self._claimed():
+            return self._go_on(plan)
+
+    def _go_on(self, plan: Plan | str | None) -> Rounding | None:
         end, rounding = self.find_end(), None
         saved_before = end is not None and end.reason != "failed"  # a checkpoint that is missing now has been lost
         if self.checkpoint.exists() or saved_before or not self.record.exists():
@@ -333,6 +363,7 @@ class Run:
         finally:
             with suppress(OSError):
                 file.close()
+            self.close()
 
     def _train(
         self, file: IO[str], save_every: int, clock: Callable[[], float]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
-from halfstep.distributed import communicates
+from halfstep.distributed import communicates, is_inside_wrapper
 from halfstep.errors import ModelError, PrecisionWarning
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly, take_values
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
@@ -53,6 +53,7 @@ class Window:
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
         self.autocast_weights: set[nn.Parameter] = set()  # which autocast should bring to 16 bits
+        self.is_wrapped = False  # whether forward passes come through DistributedDataParallel
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._empty()
 
@@ -83,6 +84,7 @@ class Window:
         """Keep the arguments of a forward pass, and before the first one of a window the buffers."""
         if not self._inputs:
             self.buffers = copy_buffers(self._owners)
+        self.is_wrapped = is_inside_wrapper()
         # detached: another network's graph may hang on them
         self._inputs[self.micro] = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
 

@@ -2,16 +2,19 @@
 
 A bad step is never applied, whatever the policy. That alone is enough for a bad batch, and a loss scale that was too high
 falls by itself. What is left are failures that come back: the forward pass overflows again and again, or the gradients do
-although there is no scale left to lower. After `patience` of those in a row the policy decides:
+although there is no scale left to lower. After `patience` of those in a row, or when they are a `share` of the last
+`window` steps, the policy decides:
 
     skip         nothing more than leaving the updates out
     back-off     halve the learning rate, and give it back after `interval` applied steps without another failure
-    roll-back    go back to the weights and optimizer state of up to `every` applied steps ago, and on with other data
+    roll-back    go back to the weights and optimizer state of up to `every` applied steps ago, and on with other data, at
+                 half the learning rate, which is given back likewise: what led there at full rate may do so again
     widen        compute and store the layer that failed first in fp32
     stop         end the run with a report, at the first such failure
 
-and after `limit` skipped steps in a row, whatever their cause, every policy ends the run with a report: a run that only
-skips costs as much as one that trains. DeepSpeed stops at its lowest scale for the same reason.
+and after `limit` skipped steps among the last `2 * limit`, whatever their cause, every policy ends the run with a report: a
+run that skips half of its steps costs twice as much as one that trains. DeepSpeed stops at its lowest scale for the same
+reason.
 
 Pure: the same observations give the same decisions, so a stored run can be replayed.
 """
@@ -46,7 +49,9 @@ class RecoveryRule:
 
     policy: Policy = "skip"
     patience: int = 3  # failures in a row, that no loss scale can mend, before the policy acts
-    limit: int = 50  # skipped steps in a row before the run ends
+    window: int = 30  # steps in which failures are counted that do not come in a row
+    share: float = 0.5  # of the window: as many failures make the policy act too
+    limit: int = 50  # skipped steps, in a row or among the last 2 * limit, before the run ends
     every: int = 100  # applied steps between two states kept for a roll-back
     interval: int = 100  # applied steps until a learning rate that was halved is doubled again
     budget: int = 20  # actions in one run; a run that needs more has another problem
@@ -57,6 +62,9 @@ class RecoveryRule:
 class Recovery:
     """What a policy remembers."""
 
+    step: int = 0  # steps seen
+    skipped_at: tuple[int, ...] = ()  # the last of them that were skipped
+    failed_at: tuple[int, ...] = ()  # those of them that no loss scale can mend, since the policy last acted
     skips: int = 0  # skipped steps in a row
     failures: int = 0  # those of them that no loss scale can mend, since the policy last acted
     clean: int = 0  # applied steps since the learning rate last changed
@@ -92,31 +100,52 @@ def decide(state: Recovery, rule: RecoveryRule, seen: Observation) -> tuple[Reco
         >>> decide(Recovery(), RecoveryRule(policy="stop"), bad)[1].action
         'stop'
     """
+    state = replace(state, step=state.step + 1)
     if seen.applied:
         return _count_applied(state, rule), Decision()
     mendable = (seen.scale_can_fall and not seen.forward_nonfinite) or (seen.data_nonfinite and rule.policy != "stop")
-    state = replace(state, skips=state.skips + 1, failures=state.failures + (not mendable), clean=0)
-    if state.skips >= rule.limit:
-        return state, Decision(action="stop", why=f"{state.skips} steps in a row were skipped; the last: {seen.cause}")
+    state = _count_skipped(state, rule, failed=not mendable)
+    if max(state.skips, len(state.skipped_at)) >= rule.limit:
+        why = f"{_spell(state.skips, rule.limit, state.skipped_at, state.step)} were skipped; the last: {seen.cause}"
+        return replace(state, skipped_at=()), Decision(action="stop", why=why)
     patience = 1 if rule.policy == "stop" else rule.patience
-    if rule.policy == "skip" or mendable or state.failures < patience:
+    has_come_back = state.failures >= patience or len(state.failed_at) >= rule.share * rule.window
+    if rule.policy == "skip" or mendable or not has_come_back:
         return state, Decision()
-    why = f"{state.failures} in a row that no loss scale can mend; the last: {seen.cause}"
+    failures = _spell(state.failures, patience, state.failed_at, state.step)
+    why = f"{failures} failed as no loss scale can mend; the last: {seen.cause}"
     if rule.policy == "stop":
         return state, Decision(action="stop", why=why)
     if state.actions >= rule.budget:
         return state, Decision(action="stop", why=f"{rule.policy} was tried {state.actions} times; {why}")
     if rule.policy == "widen" and not seen.layer:
         return state, Decision()
-    state = replace(state, failures=0, actions=state.actions + 1)
-    if rule.policy == "back-off":
+    state = replace(state, failures=0, failed_at=(), actions=state.actions + 1)
+    if rule.policy in ("back-off", "roll-back"):
         state = replace(state, rate=max(state.rate / 2, rule.lowest_rate))
     return state, Decision(action=rule.policy, why=why)
 
 
+def _count_skipped(state: Recovery, rule: RecoveryRule, *, failed: bool) -> Recovery:
+    """One more, among those that are not too long ago."""
+    skipped = tuple(step for step in state.skipped_at if step > state.step - 2 * rule.limit)
+    failures = tuple(step for step in state.failed_at if step > state.step - rule.window)
+    return replace(
+        state, skips=state.skips + 1, skipped_at=(*skipped, state.step), failures=state.failures + failed,
+        failed_at=(*failures, state.step) if failed else failures, clean=0,
+    )  # fmt: skip
+
+
+def _spell(row: int, enough: int, at: tuple[int, ...], step: int) -> str:
+    """How many steps, where they were in a row and where not."""
+    if row >= enough:
+        return f"{row} step{'s' * (row > 1)} in a row"
+    return f"{len(at)} of the last {step - at[0] + 1} steps"
+
+
 def _count_applied(state: Recovery, rule: RecoveryRule) -> Recovery:
     """A step that moved the weights ends every row, and brings a halved learning rate nearer to its full value."""
-    clean = state.clean + 1
-    if state.rate < 1.0 and clean >= rule.interval:
-        return Recovery(rate=2 * state.rate, actions=state.actions)
-    return Recovery(clean=clean if state.rate < 1.0 else 0, rate=state.rate, actions=state.actions)
+    state = replace(state, skips=0, failures=0, clean=state.clean + 1 if state.rate < 1.0 else 0)
+    if state.rate < 1.0 and state.clean >= rule.interval:
+        return replace(state, rate=2 * state.rate, clean=0)
+    return state

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from halfstep.distributed import Ranks, find_ranks
 from halfstep.errors import ModelError, TrainingError
 from halfstep.mechanisms.loss_scale import LossScaleRule, adjust_tensors
 from halfstep.records import StepOutcome
@@ -54,6 +55,8 @@ class GradScaler(torch.amp.GradScaler):
         skip_limit: updates that may be skipped in a row. `update` looks once every `skip_limit` updates, so that the
             device is not waited for at each, and raises TrainingError before twice as many have been skipped. 100 is four
             times the 24 halvings from the default ceiling to the default floor. None: any number.
+        ranks: the processes that train together, which skip together: all of them where torch.distributed is initialised, a
+            `distributed.Group(process_group)`, or `distributed.Alone()`. Every rank has to step the same optimizers.
 
     Closures: `step(optimizer, closure)` calls the closure for the optimizer (LBFGS, SAM). The closure calls
     `scale(loss).backward()` and returns the loss, scaled or not; it may call `unscale_(optimizer)` and clip after that. For
@@ -89,6 +92,7 @@ class GradScaler(torch.amp.GradScaler):
         ceiling: float = 2.0**24,
         hysteresis: int = 1,
         skip_limit: int | None = 100,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         if not 1 / LARGEST <= floor <= init_scale <= ceiling <= LARGEST:
@@ -103,6 +107,7 @@ class GradScaler(torch.amp.GradScaler):
         self._overflows = torch.zeros((), dtype=torch.int32)  # in a row, counted anew at each backoff
         self._skips = torch.zeros((), dtype=torch.int32)  # updates in a row that found a non-finite gradient
         self._updates = 0  # of them so far; says when to look at the skips
+        self._ranks = ranks
         self._memory = _Memory()
 
     def name_parameters(self, model: nn.Module) -> None:
@@ -175,13 +180,25 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         try:
-            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+            found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         except ValueError as error:
             raise ModelError(
                 f"{error} The weights are fp16 and would lose small updates: call model.float() before making the optimizer "
                 'and run the model under autocast, or let halfstep.prepare(model, optimizer, "compute=fp16 storage=fp16 '
                 'master=fp32") keep fp32 masters behind fp16 weights'
             ) from None
+        self._agree_on_found(found.values(), inv_scale.device)
+        return found
+
+    def _agree_on_found(self, found: Iterable[Tensor], device: torch.device) -> None:
+        """What one rank has found, all have: one number goes round, also from a rank that has no gradient at all."""
+        ranks = self._ranks or find_ranks()
+        if ranks.size > 1:
+            found = list(found)
+            here = _add_up(found, device)
+            everywhere = ranks.maximize(torch.zeros((), device=device) if here is None else here)
+            for one in found:
+                one.copy_(everywhere)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscale the gradients unless that was done, then `optimizer.step(*args, **kwargs)` unless one is not finite.
@@ -203,6 +220,7 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is not OptState.STEPPED and not any(self._memory.find_gradients(optimizer)):
             state["stage"] = OptState.STEPPED
+            self._agree_on_found((), scale.device)
             self._memory.note(optimizer, scale, cause=NO_GRADIENT)
             return None
         return super().step(optimizer, *args, **kwargs)
@@ -285,8 +303,12 @@ class GradScaler(torch.amp.GradScaler):
         if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             self.unscale_(optimizer)
         self._require_finite(optimizer)
-        is_scaled = isinstance(loss, Tensor) and any(_share_storage(loss, one) for one in scaled)
-        return loss / self._scale.to(loss.device) if is_scaled else loss
+        if isinstance(loss, Tensor):  # line searches have to see the same on all ranks
+            is_scaled = any(_share_storage(loss, one) for one in scaled)
+            value = loss / self._scale.to(loss.device) if is_scaled else loss
+            ranks = self._ranks or find_ranks()
+            return ranks.average(value.detach()) if ranks.size > 1 else value
+        return loss
 
     def _require_finite(self, optimizer: Optimizer) -> None:
         if any(found.item() for found in self._found_inf_per_device(optimizer).values()):

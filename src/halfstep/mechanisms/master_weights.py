@@ -8,6 +8,11 @@ optimizer does to it what it always does, and it is narrowed again:
 The optimizer sees ordinary fp32 parameters with fp32 gradients, so its states are fp32 and any optimizer will do. Only
 one chunk is wide at a time; optimizers skip parameters that have no gradient, which is how a step is confined to it.
 
+An optimizer that is known to find its parameters in its groups, and their states under them, is given a stand-in for each
+wide parameter. Any other works on the parameter itself, whose data is wide for the time of the step. Both give the same
+bits; but torch drops the node that accumulates a parameter's gradient, and the hooks that others have put there, when its
+data changes dtype. DistributedDataParallel is such another: it would go on without averaging.
+
 Five ways to keep the truth, each of them a way to read an fp32 word and to write it back:
 
     fp32         a second, fp32 tensor                        2 + 4 bytes a weight    24 significant bits, exact
@@ -157,9 +162,13 @@ class _Truth:
         live, kept = (t.reshape(-1)[picks] for t in self._tensors())
         return WAYS[self.kind].read(live, kept)
 
+    @property
+    def whole(self) -> "_Truth":
+        return self
+
     def take_rows(self, rows: Tensor) -> "_Rows":
         live, kept = (t[rows] for t in self._tensors())
-        return _Rows(self.kind, self.number, live, kept, whole=self, rows=rows)
+        return _Rows(self.kind, self.number, live, kept, origin=self, rows=rows)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         """Live and kept, both with the parameter's shape."""
@@ -170,8 +179,12 @@ class _Truth:
 class _Rows(_Truth):
     """Some rows of a truth; an update goes into the whole."""
 
-    whole: _Truth
+    origin: _Truth
     rows: Tensor
+
+    @property
+    def whole(self) -> _Truth:
+        return self.origin
 
     def update(self, weight: Tensor, keys: tuple[int, int]) -> None:
         if self.kind == "stochastic":
@@ -190,34 +203,79 @@ def _show(parameter: nn.Parameter, truth: _Truth) -> None:
     truth.version = parameter._version
 
 
+Places = Mapping[nn.Parameter, tuple[list[nn.Parameter], int]]  # parameter -> the list of its group, and where there
+
+
+def _find_places(optimizer: Optimizer) -> Places:
+    """Where stand-ins may be put; nowhere in an optimizer that may keep its parameters elsewhere too."""
+    if type(optimizer) not in PARAMETERWISE:
+        return {}
+    return {p: (group["params"], i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
+
+
 @contextmanager
-def _open_wide(parameter: nn.Parameter, gradient: Tensor) -> Iterator[None]:
+def _substitute(
+    optimizer: Optimizer, places: Places, parameter: nn.Parameter, weight: Tensor
+) -> Iterator[nn.Parameter]:
+    """What the optimizer finds in a parameter's place inside the block: with that weight, and the parameter's states."""
+    if parameter not in places:
+        parameter.data = weight
+        yield parameter
+        return
+    params, index = places[parameter]
+    params[index] = wide = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+    if parameter in optimizer.state:
+        optimizer.state[wide] = optimizer.state.pop(parameter)
+    try:
+        yield wide
+    finally:
+        params[index] = parameter
+        if wide in optimizer.state:
+            optimizer.state[parameter] = optimizer.state.pop(wide)
+
+
+Opened = tuple[nn.Parameter, "_Truth | None"]
+"""What the optimizer finds in a parameter's place, and what that was read from."""
+
+
+@contextmanager
+def _open_wide(parameter: nn.Parameter, gradient: Tensor) -> Iterator[Opened]:
     parameter.grad = gradient
     try:
-        yield
+        yield parameter, None
     finally:
         parameter.grad = None
 
 
 @contextmanager
 def _open_whole(
-    parameter: nn.Parameter, gradient: Tensor, truth: _Truth, opened: _Truth, keys: tuple[int, int]
-) -> Iterator[_Truth]:
-    """`opened` is the truth, or rows of it."""
-    parameter.data = opened.read()
-    parameter.grad = gradient
-    try:
-        yield opened
-    finally:
-        parameter.grad = None
-        opened.update(parameter.data, keys)
-        _show(parameter, truth)
+    optimizer: Optimizer,
+    places: Places,
+    parameter: nn.Parameter,
+    gradient: Tensor,
+    opened: _Truth,
+    keys: tuple[int, int],
+) -> Iterator[Opened]:
+    """`opened` is the parameter's truth, or rows of it."""
+    with _substitute(optimizer, places, parameter, opened.read()) as wide:
+        wide.grad = gradient
+        try:
+            yield wide, opened
+        finally:
+            wide.grad = None
+            opened.update(wide.data, keys)
+            _show(parameter, opened.whole)
 
 
 @contextmanager
 def _open_rows(
-    optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, truth: _Truth, keys: tuple[int, int]
-) -> Iterator[_Truth]:
+    optimizer: Optimizer,
+    places: Places,
+    parameter: nn.Parameter,
+    gradient: Tensor,
+    truth: _Truth,
+    keys: tuple[int, int],
+) -> Iterator[Opened]:
     """Rows that have a gradient, as a parameter of their own with their rows of the states.
 
     States that the optimizer makes now begin as zeros in the other rows, as the optimizers of BY_ROWS make them.
@@ -228,7 +286,7 @@ def _open_rows(
     numbers = torch.arange(len(rows), device=rows.device)[None]
     renumbered = torch.sparse_coo_tensor(numbers, values, values.shape, is_coalesced=True, check_invariants=True)
     try:
-        with _open_whole(parameter, renumbered, truth, truth.take_rows(rows), keys) as opened:
+        with _open_whole(optimizer, places, parameter, renumbered, truth.take_rows(rows), keys) as opened:
             yield opened
     finally:
         state = optimizer.state[parameter]
@@ -369,34 +427,34 @@ class MasterWeights:
         """
         _require_sparse(optimizer, gradients)
         self.steps += 1
-        watcher = Watch(optimizer, gradients) if watch else None
+        watcher, places = Watch(optimizer, gradients) if watch else None, _find_places(optimizer)
         for parameter in gradients:
             parameter.grad = None
         for chunk in self._chunks(optimizer, gradients, wide_too=around is not None):
-            opened: dict[nn.Parameter, _Truth | None] = {}
+            opened: list[Opened] = []
             with around(chunk) if around else nullcontext(), ExitStack() as narrowing:
                 for parameter in chunk:
-                    opening = self._open(optimizer, parameter, gradients.pop(parameter), factor)
-                    opened[parameter] = narrowing.enter_context(opening)
+                    opening = self._open(optimizer, places, parameter, gradients.pop(parameter), factor)
+                    opened.append(narrowing.enter_context(opening))
                 if watcher:
-                    for parameter, truth in opened.items():
-                        storage, kind = (truth.live.dtype, truth.kind) if truth else (parameter.dtype, "none")
-                        watcher.look_before(parameter, storage, kind)
+                    for wide, truth in opened:
+                        storage, kind = (truth.live.dtype, truth.kind) if truth else (wide.dtype, "none")
+                        watcher.look_before(wide, storage, kind)
                 optimizer.step()
                 if watcher:
-                    for parameter in opened:
-                        watcher.look_after(parameter)
+                    for wide, _ in opened:
+                        watcher.look_after(wide)
             if watcher:
-                for parameter, truth in opened.items():
+                for wide, truth in opened:
                     if truth:
-                        watcher.look_narrowed(parameter, truth.read_at)
+                        watcher.look_narrowed(wide, truth.read_at)
         return watcher.judge() if watcher else ()
 
     def _open(
-        self, optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor, factor: float
-    ) -> AbstractContextManager[_Truth | None]:
+        self, optimizer: Optimizer, places: Places, parameter: nn.Parameter, gradient: Tensor, factor: float
+    ) -> AbstractContextManager[Opened]:
         """A parameter as its optimizer is to find it: wide, with its gradient; at the end of the block it is narrow again,
-        without one. Gives what it was read from."""
+        without one."""
         truth = self._find_truth(parameter)
         if truth:
             gradient = gradient.to(torch.float32)
@@ -409,8 +467,8 @@ class MasterWeights:
         match_states(optimizer, parameter, torch.float32)
         keys = derive_keys(self.seed, truth.number, self.steps)
         if _goes_by_rows(optimizer, parameter, gradient):
-            return _open_rows(optimizer, parameter, gradient, truth, keys)
-        return _open_whole(parameter, gradient, truth, truth, keys)
+            return _open_rows(optimizer, places, parameter, gradient, truth, keys)
+        return _open_whole(optimizer, places, parameter, gradient, truth, keys)
 
     @contextmanager
     def widened(self) -> Iterator[None]:

@@ -113,6 +113,7 @@ def preview_update(optimizer: Optimizer, parameter: nn.Parameter, picks: Tensor)
 class _Seen:
     """The sampled weights of one parameter on their way through an update."""
 
+    group: int
     storage: str
     master: str
     picks: Tensor
@@ -138,16 +139,18 @@ class Watch:
 
     def __init__(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         self._optimizer = optimizer
-        self._groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         sizes: dict[int, int] = defaultdict(int)
         for parameter, gradient in gradients.items():
-            sizes[self._groups[parameter]] += gradient._values().numel() if gradient.is_sparse else gradient.numel()
+            sizes[groups[parameter]] += gradient._values().numel() if gradient.is_sparse else gradient.numel()
         self._strides = {group: max(1, math.ceil(size / SAMPLE)) for group, size in sizes.items()}
         self._seen: dict[nn.Parameter, _Seen] = {}
 
     def look_before(self, parameter: nn.Parameter, storage: torch.dtype, master: str) -> None:
         """Note the weights as the optimizer is about to find them; their gradient is in place."""
-        group = self._groups[parameter]
+        group = next(
+            i for i, one in enumerate(self._optimizer.param_groups) if any(p is parameter for p in one["params"])
+        )
         if (
             storage not in FORMAT_NAMES
             or parameter.grad is None
@@ -156,7 +159,7 @@ class Watch:
             return
         picks, gradient = sample_gradient(parameter.grad, self._strides[group])
         picks = picks[gradient != 0]
-        seen = _Seen(FORMAT_NAMES[storage], master, picks, self._take(parameter, picks))
+        seen = _Seen(group, FORMAT_NAMES[storage], master, picks, self._take(parameter, picks))
         if master == "none" and storage != torch.float32:
             seen.update = preview_update(self._optimizer, parameter, picks)
         self._seen[parameter] = seen
@@ -181,9 +184,9 @@ class Watch:
     def judge(self) -> tuple[Stall, ...]:
         """One record for each parameter group, format and master whose median weight did not move."""
         alike: dict[tuple[int, str, str], list[_Seen]] = defaultdict(list)
-        for parameter, seen in self._seen.items():
+        for seen in self._seen.values():
             if seen.picks.numel():
-                alike[self._groups[parameter], seen.storage, seen.master].append(seen)
+                alike[seen.group, seen.storage, seen.master].append(seen)
         stalls = (self._judge(*key, seen) for key, seen in sorted(alike.items(), key=lambda item: item[0]))
         return tuple(stall for stall in stalls if stall.share >= 0.5)
 

@@ -38,8 +38,8 @@ def agree_on_finding(finding: Finding, ranks: Ranks, device: torch.device) -> Fi
     if largest + negated > EQUAL * largest:
         raise ModelError(
             f"the gradients of the ranks differ: their norm is {finding.norm:.6g} here and goes from {-negated:.6g} to "
-            f"{largest:.6g}; average them in every backward pass (DistributedDataParallel without no_sync() does), or give "
-            "prepare(..., ranks=) the ranks that train together, halfstep.distributed.Alone() for none"
+            f"{largest:.6g}; average them in every backward pass (DistributedDataParallel does, without no_sync(), and wrapped "
+            "after the last change of plan), or give prepare(..., ranks=halfstep.distributed.Alone()) to train apart"
         )
     return replace(finding, norm=largest)
 

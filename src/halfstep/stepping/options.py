@@ -104,6 +104,17 @@ def require_alone(ranks: Ranks) -> None:
         )
 
 
+def require_stand_ins(optimizers: Iterable[Optimizer], *, closure: bool) -> None:
+    """Raises UnsupportedError where narrow weights would lose the hooks of the wrapper that averages their gradients."""
+    names = [type(o).__name__ for o in optimizers if closure or type(o) not in PARAMETERWISE]
+    if names:
+        raise UnsupportedError(
+            f"{names[0]}{' with a closure' * closure} widens 16-bit weights where they are, and DistributedDataParallel loses "
+            "its hooks on them; use a precision that stores weights in fp32, as bf16-mixed, or average gradients by hooks of "
+            "your own"
+        )
+
+
 def require_whole(options: Options, optimizers: tuple[Optimizer, ...]) -> None:
     """Raises ModelError where a step that evaluates its loss again and again cannot be made."""
     if options.accumulate > 1 or len(optimizers) > 1:

@@ -2,6 +2,7 @@
 
     task = "text-generation"
     precision = "auto"
+    recovery = "roll-back"    left out: what the plan says
     [train]     training.TrainSettings
     [options]   the Options of the task
 
@@ -17,7 +18,8 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from halfstep.errors import RecipeError, describe_unknown
+from halfstep.control.controller import Policy, find_policy
+from halfstep.errors import PlanError, RecipeError, describe_unknown
 from halfstep.tasks import image_classification, text_generation
 from halfstep.training import Task, TrainSettings
 
@@ -37,6 +39,7 @@ class Recipe:
     precision: str
     train: TrainSettings
     options: Any
+    recovery: Policy | None = None  # None: what the plan says
 
     def build_task(self, device: str = "cpu") -> Task:
         task: Task = TASKS[self.task][0](self.options, self.train, device)
@@ -44,7 +47,7 @@ class Recipe:
 
     def __str__(self) -> str:
         """The recipe as TOML, every value stated."""
-        head = {"task": self.task, "precision": self.precision}
+        head = {"task": self.task, "precision": self.precision} | ({"recovery": self.recovery} if self.recovery else {})
         return tomli_w.dumps(head | {"train": asdict(self.train), "options": asdict(self.options)})
 
 
@@ -79,7 +82,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, Any], name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from its tables. Raises RecipeError."""
-    allowed = ("task", "precision", "train", "options")
+    allowed = ("task", "precision", "recovery", "train", "options")
     for key in values:
         if key not in allowed:
             raise RecipeError(f"recipe '{name}': {describe_unknown('key', key, allowed)}")
@@ -90,14 +93,14 @@ def parse_recipe(values: Mapping[str, Any], name: str, overrides: Sequence[str] 
         if not isinstance(values.get(key, {}), Mapping):
             raise RecipeError(f"recipe '{name}': {key} is a table of settings; got {values[key]!r:.60}")
     tables = {"train": dict(values.get("train", {})), "options": dict(values.get("options", {}))}
-    precision = str(values.get("precision", "auto"))
+    plan = {"precision": "auto"} | {key: str(values[key]) for key in ("precision", "recovery") if key in values}
     kinds = {"train": TrainSettings, "options": TASKS[task][1]}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"an override is written key=value; got '{override}'")
-        if key == "precision":
-            precision = value
+        if key in ("precision", "recovery"):
+            plan[key] = value
             continue
         home = next((table for table, kind in kinds.items() if key in _names(kind)), None)
         if home is None:
@@ -111,10 +114,18 @@ def parse_recipe(values: Mapping[str, Any], name: str, overrides: Sequence[str] 
     return Recipe(
         name=name,
         task=task,
-        precision=precision,
+        precision=plan["precision"],
         train=train,
         options=_check(kinds["options"], tables["options"], name),
+        recovery=_read_recovery(plan.get("recovery"), name),
     )
+
+
+def _read_recovery(word: str | None, name: str) -> Policy | None:
+    try:
+        return find_policy(word) if word else None
+    except PlanError as error:
+        raise RecipeError(f"recipe '{name}': {error}") from None
 
 
 def _names(kind: type) -> list[str]:
