@@ -2105,3 +2105,45 @@ def test_micro_batches_share_quantized_weights_and_steps_do_not() -> None:
                 losses.append(loss.item())
     assert losses[:3] == losses[3:]
     assert losses[0] != losses[1]
+
+
+def test_saved_activations_take_the_plans_format_and_train_to_the_same_loss() -> None:
+    losses = {}
+    for text in ("compute=bf16", "saved=int8 compute=bf16", "path=0 saved=bf16\nsaved=int4 compute=bf16"):
+        with seeded(2):
+            model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
+            x = torch.randn(256, 64)
+            stepper = prepare(model, AdamW(model.parameters(), lr=1e-2), Plan.parse(text))
+            y = x[:, :1].tanh()
+            for _ in range(60):
+                with stepper.autocast():
+                    loss = F.mse_loss(stepper.model(x), y)
+                assert stepper.step(loss).applied
+        losses[text] = loss.item()
+        keeper = stepper.conversion.keeper
+        if "saved" in text:
+            assert keeper is not None
+            assert sum(r.kept for r in keeper.records) < 0.7 * sum(r.bytes for r in keeper.records)
+        else:
+            assert keeper is None
+    assert max(losses.values()) < 0.02
+    assert len(set(losses.values())) == 3, "rounding must have shown"
+
+
+def test_the_noise_of_saved_activations_does_not_count_evaluations_and_skipped_steps() -> None:
+    states = []
+    for disturbed in (False, True):
+        with seeded(4):
+            model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 1))
+            stepper = prepare(model, SGD(model.parameters(), lr=0.1), Plan.parse("saved=int4 compute=fp32"))
+            batches = torch.randn(4, 64, 64)
+        for number, x in enumerate(batches):
+            if disturbed and number == 2:
+                with torch.no_grad(), stepper.autocast():
+                    model(x)
+                with stepper.autocast():
+                    assert stepper.step((model(x) * math.inf).sum()).skipped
+            with stepper.autocast():
+                assert stepper.step((model(x) - 1).square().mean()).applied
+        states.append(model.state_dict())
+    assert_same(*states)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
 from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
+from halfstep.mechanisms.activations import SAVED_FORMATS, Keeper
 from halfstep.mechanisms.layers import (
     DTYPES,
     Gate,
@@ -57,6 +58,8 @@ class Conversion:
         self.table: Mapping[str, Settings] = resolution.table
         self.masters = MasterWeights()
         self.products: dict[str, ProductState] = {}  # module path -> what its products keep from call to call
+        saved = {path: settings.saved for path, settings in self.table.items()}
+        self.keeper = Keeper(model, saved) if any(saved.values()) else None
         self._undo = ExitStack()
         self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
         self.storage = self._agree_on_storage()
@@ -75,8 +78,17 @@ class Conversion:
             for parameter in module.parameters(recurse=False)
         }
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """What a forward pass and the loss run under: torch's autocast where the plan casts every operation."""
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """What a forward pass and the loss run under: torch's autocast where the plan casts every operation, and what keeps
+        activations for the backward pass in fewer bits where it says so."""
+        with ExitStack() as stack:
+            stack.enter_context(self._cast_operations())
+            if self.keeper is not None and torch.is_grad_enabled():
+                stack.enter_context(self.keeper.keep())
+            yield
+
+    def _cast_operations(self) -> AbstractContextManager[Any]:
         return autocast(self.device_type, self._around) if self._around != "fp32" else nullcontext()
 
     def audit(self) -> Audit:
@@ -315,6 +327,11 @@ def _require_possible(path: str, module: nn.Module, settings: Settings) -> None:
         format = getattr(settings, slot)
         if format and format not in DTYPES:
             raise UnsupportedError(f"{where}: {slot}={format} cannot be honoured; allowed: {', '.join(DTYPES)}")
+    if settings.saved not in SAVED_FORMATS:
+        allowed = ", ".join(filter(None, SAVED_FORMATS))
+        raise UnsupportedError(
+            f"{where}: saved={settings.saved} cannot be honoured; activations are saved in {allowed}"
+        )
     if has_formats_of_its_own(settings):
         if not can_be_replaced(module):
             raise UnsupportedError(

@@ -231,6 +231,29 @@ class RunRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedRecord(Record):
+    """What one module saved for the backward pass in one way, in one forward pass.
+
+    Examples:
+        >>> str(SavedRecord(path="fc", format="int8", why="", tensors=1, bytes=1024, kept=264, sqnr=41.0))
+        'fc: 1 tensor, 1024 bytes kept in 264 as int8 (41.0 dB)'
+    """
+
+    path: str  # of the module; "" for the model itself and for what was saved outside of it
+    format: str  # bf16 | int8 | int4 | bits | positive | two values | integers; "" for tensors kept as they are
+    why: str  # the rule by which they are; "" for tensors in fewer bits
+    tensors: int  # saved; what several operations save counts for each
+    bytes: int  # that it would take as it is, counted once
+    kept: int  # bytes that it takes
+    sqnr: float | None  # signal to rounding noise in dB, where it was measured
+
+    def __str__(self) -> str:
+        error = "" if self.sqnr is None else f" ({self.sqnr:.1f} dB)"
+        way = f"kept in {self.kept} as {self.format}{error}" if self.format else f"as they are: {self.why}"
+        return f"{self.path or 'the model'}: {self.tensors} tensor{'s' * (self.tensors != 1)}, {self.bytes} bytes {way}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EndRecord(Record):
     """The end of a run."""
 
@@ -305,7 +328,7 @@ KINDS: dict[str, type[Record]] = {
     kind.__name__: kind
     for kind in (
         Measurement, Capability, HardwareProfile, StepOutcome, Stall, StepRecord, EvaluationRecord,
-        LayerRecord, HarmRecord, PlanRecord, RunRecord, EndRecord, Point, ArmResult, ComparisonRecord,
+        LayerRecord, HarmRecord, PlanRecord, RunRecord, SavedRecord, EndRecord, Point, ArmResult, ComparisonRecord,
     )
 }  # fmt: skip
 

@@ -125,6 +125,8 @@ class Stepper:
     def autocast(self) -> Iterator[None]:
         """What the forward pass and the loss run under."""
         outer = self._around
+        if self.conversion.keeper is not None:  # the same noise whatever was skipped or evaluated before
+            self.conversion.keeper.passes = self.applied * self.accumulate + self._window.micro
         with ExitStack() as stack:
             stack.enter_context(self.conversion.autocast())
             self._around = stack

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from halfstep.errors import PlanError
 from halfstep.plan import Plan, Rule
 from halfstep.records import HarmRecord
 
@@ -94,3 +95,49 @@ def repair_plan(plan: Plan, harms: Sequence[HarmRecord], *, share: float = 0.1) 
         why = f"in {worst.compute} it changes the gradient by {worst.error:.2g} of itself; batches do by {worst.noise:.2g}"
         rules.append(Rule(path=worst.path, compute=wide, grad=wide, grad_input=wide, grad_weight=wide, why=why))
     return replace(plan, rules=(*rules, *plan.rules)) if rules else plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCost:
+    """What one module saves for the backward pass, by format; "" is as it is."""
+
+    path: str
+    bytes: dict[str, int]
+    harm: dict[str, float]  # squared error of the model's gradient, as a share of its square
+
+
+def choose_saved_formats(costs: Sequence[SavedCost], budget: int) -> dict[str, str]:
+    """Module path -> the format it saves in, so that all fit into `budget` bytes with little harm to the gradient.
+
+    Everything starts as it is. While it does not fit, the step is taken that adds the least harm for each byte it frees, and
+    of equal ones the one that frees most. Harms add up, because modules are rounded independently and without bias. Liu et
+    al. 2022, "GACT" (arXiv 2206.11357), section 5.
+
+    Examples:
+        >>> first = SavedCost(path="a", bytes={"": 80, "int8": 20}, harm={"": 0.0, "int8": 0.5})
+        >>> second = SavedCost(path="b", bytes={"": 80, "int8": 20}, harm={"": 0.0, "int8": 0.1})
+        >>> choose_saved_formats([first, second], 100)
+        {'a': '', 'b': 'int8'}
+
+    Raises PlanError where the narrowest formats of all do not fit.
+    """
+    smallest = sum(min(cost.bytes.values()) for cost in costs)
+    if smallest > budget:
+        raise PlanError(
+            f"a budget of {budget} bytes for saved activations cannot be met: in the narrowest formats they take {smallest}; "
+            "give more, or a smaller batch"
+        )
+    chosen = {cost.path: "" for cost in costs}
+    while sum(cost.bytes[chosen[cost.path]] for cost in costs) > budget:
+        steps = [
+            (*_weigh(cost, chosen[cost.path], format), cost.path, format) for cost in costs for format in cost.bytes
+        ]
+        _, _, path, format = min(step for step in steps if step[1] < 0)
+        chosen[path] = format
+    return chosen
+
+
+def _weigh(cost: SavedCost, now: str, then: str) -> tuple[float, int]:
+    """Harm for each byte that a step frees, and the bytes it adds."""
+    more = cost.bytes[then] - cost.bytes[now]
+    return (cost.harm[then] - cost.harm[now]) / -more if more else 0.0, more

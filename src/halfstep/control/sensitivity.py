@@ -25,16 +25,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import LayerShape, observe_shapes
-from halfstep.control.search import NOISE, LayerCost, choose_formats
+from halfstep.control.search import NOISE, LayerCost, SavedCost, choose_formats
 from halfstep.conversion import convert, draft_conversion
 from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
 from halfstep.machine.runtime import release_memory
+from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import find_kind
 from halfstep.plan import Plan, Rule, Settings
-from halfstep.records import Capability, HardwareProfile, HarmRecord
+from halfstep.records import Capability, HardwareProfile, HarmRecord, SavedRecord
 
 CANDIDATES = ("bf16", "fp16")
 WIDE = ("fp32", "bf16")  # formats whose harm is not in question
+ALIVE_ANYWAY = ("resident", "outside")  # saved tensors that no format of a module changes
 TRIALS = 5
 
 
@@ -47,10 +49,15 @@ class Choice:
     seconds: float
 
 
+def find_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices that a model's parameters are on."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
 @contextmanager
 def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Random states, buffers and gradients are as before after the block."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    devices = find_devices(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = {p: p.grad for p in model.parameters()}
     for parameter in gradients:
@@ -109,6 +116,69 @@ def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watc
         casts = {format: numbers * ms for format, ms in per_number.items()}
         costs.append(LayerCost(path=layer.path, shape=layer.shape, products=products, casts=casts))
     return costs
+
+
+def measure_saved_costs(
+    model: nn.Module, run: Callable[[], Tensor], *, formats: Sequence[str] = ("bf16", "int8", "int4"), seed: int = 0
+) -> tuple[SavedCost, ...]:
+    """Bytes and harm of each format for what each module saves; `choose_saved_formats` fits them into a budget.
+
+    run: runs the model on a batch, under its autocast if it has one, and returns the loss.
+    formats: the last one must be the coarsest.
+
+    A module's harm is measured by one backward pass with that module alone in the coarsest format. To first order the error of
+    a gradient is linear in that of the activations, so the harm of the others follows from their rounding noise, which one
+    forward pass each measures. Liu et al. 2022, "GACT" (arXiv 2206.11357), section 4, where it follows from the bits.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 1))
+        >>> x = torch.randn(512, 64)
+        >>> costs = measure_saved_costs(model, lambda: model(x).square().mean())
+        >>> [(cost.path, cost.bytes["int4"], cost.harm["int8"] < cost.harm["int4"]) for cost in costs]
+        [('1', 69632, True), ('2', 69632, True)]
+    """
+    modules, coarsest = [path for path, _ in model.named_modules()], formats[-1]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def differentiate(table: Mapping[str, str]) -> list[Tensor]:
+        with torch.random.fork_rng(devices=find_devices(model)), Keeper(model, table, seed=seed).keep():
+            found = torch.autograd.grad(run(), parameters, allow_unused=True)
+        return [g.to(torch.float32) for g in found if g is not None]
+
+    with leave_no_trace(model):
+        sizes, noises = {}, {}
+        for format in formats:
+            keeper = Keeper(model, {"": format}, seed=seed)
+            with torch.random.fork_rng(devices=find_devices(model)), keeper.keep(measure=True):
+                run()
+            sizes[format], noises[format] = _add_up(keeper.records)
+        exact = differentiate({})
+        square = sum(float(g.square().sum()) for g in exact)
+        costs = []
+        for path in sizes[coarsest]:
+            harm = 0.0
+            if noises[coarsest].get(path):
+                rounded = differentiate({other: coarsest if other == path else "" for other in modules})
+                harm = sum(float((a - b).square().sum()) for a, b in zip(rounded, exact, strict=True)) / square
+            per_noise = harm / noises[coarsest].get(path, 1.0)
+            costs.append(
+                SavedCost(
+                    path=path,
+                    bytes={"": sizes[coarsest][path][0]} | {f: sizes[f][path][1] for f in formats},
+                    harm={"": 0.0} | {f: per_noise * noises[f].get(path, 0.0) for f in formats},
+                )
+            )
+    return tuple(costs)
+
+
+def _add_up(records: Sequence[SavedRecord]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
+    """Of each module: bytes as they are and as they are kept; the noise-to-signal ratio of what it rounds."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for record in records:
+        if record.why not in ALIVE_ANYWAY:
+            before, kept = sizes.get(record.path, (0, 0))
+            sizes[record.path] = before + record.bytes, kept + record.kept
+    return sizes, {r.path: 10 ** (-r.sqnr / 10) for r in records if r.sqnr is not None}
 
 
 def _time_cast(format: str, watch: Stopwatch) -> float:
