@@ -26,10 +26,10 @@ SPINE = [
     "errors",
     "records",
     "numerics.formats",
-    "numerics.operations",
     "plan",
     "control.search",
     "control.controller",
+    "numerics.operations",
     "numerics.rounding",
     "numerics.movement",
     "machine.hardware",
@@ -54,7 +54,7 @@ SPINE = [
     "report",
     "cli",
 ]
-PURE = ["errors", "records", "numerics.formats", "numerics.operations", "plan", "control.search", "control.controller"]
+PURE = ["errors", "records", "numerics.formats", "plan", "control.search", "control.controller", "numerics.operations"]
 OPTIONAL = {"sklearn", "pyarrow", "PIL", "datasets", "torchvision", "tensorboard"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the two names differ by more than a dash
 PROCESS_SWITCHES = re.compile(
