@@ -500,13 +500,32 @@ def test_the_transformer_takes_no_shortcut(training: bool) -> None:
 
 
 def test_a_replacement_may_enter_a_mode_of_its_own() -> None:
+    recording = Recording(torch.matmul)
+
     def narrower(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        with OperatorMode("fp16", "cpu"):
+        with OperatorMode("fp16", "cpu", recording.replacements):
             return x.float() @ weight.float().mT
 
     with OperatorMode("bf16", "cpu", {F.linear: narrower}):
         assert nn.Linear(4, 4)(torch.randn(2, 4)).dtype is FP16
         assert multiply() is BF16
+    assert recording.calls == ["matmul"]
+    assert recording.formats == {FP16}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_replacements_are_those_of_the_innermost_block_alone(compute: str) -> None:
+    outer, inner = Recording(torch.matmul, torch.relu), Recording(torch.matmul)
+    around = OperatorMode(compute, "cpu", outer.replacements)
+    with around, around:
+        multiply()
+        assert outer.calls == ["matmul"]
+        with OperatorMode("bf16", "cpu", inner.replacements):
+            multiply()
+            torch.relu(torch.ones(2))
+        with OperatorMode("bf16", "cpu"):
+            multiply()
+    assert (len(outer.calls), len(inner.calls)) == (1, 1)
 
 
 # --- the backward pass

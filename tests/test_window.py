@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,37 @@ def test_a_graph_that_hides_its_products_is_left_alone(reentrant: bool) -> None:
         return y.square().mean()  # type: ignore[no-any-return]
 
     assert count_warnings(make_stepper("bf16-mixed"), compute_loss) == (0 if reentrant else 1)
+
+
+class Hidden(torch.autograd.Function):
+    """A product in 16 bits that its graph does not show."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return (x.bfloat16() @ weight.bfloat16().mT).float()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, torch.ones(16, 8)
+
+
+def test_a_function_in_python_may_have_cast() -> None:
+    head = torch.ones(16, 1, requires_grad=True)
+
+    def compute_loss(stepper: Stepper) -> Tensor:
+        with stepper.autocast():
+            y = Hidden.apply(torch.ones(4, 8), stepper.model[0].weight)  # type: ignore[index]
+            with torch.autocast("cpu", enabled=False):
+                return (y @ head).mean()  # type: ignore[no-any-return]
+
+    assert count_warnings(make_stepper("bf16-mixed"), compute_loss) == 0
+
+
+def test_a_loss_without_products_is_left_alone() -> None:
+    def compute_loss(stepper: Stepper) -> Tensor:
+        return sum(p.square().sum() for p in stepper.model.parameters())  # type: ignore[return-value]
+
+    assert count_warnings(make_stepper("bf16-mixed"), compute_loss) == 0
 
 
 def test_convolutions_are_seen_too_and_gradients_that_are_released() -> None:

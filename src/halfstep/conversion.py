@@ -123,6 +123,10 @@ class Conversion:
             state.weights = quantized
         return quantized
 
+    def list_histories(self) -> dict[str, ProductState]:
+        """Of the modules with delayed scaling, by path: what a run that goes on bit for bit has to save."""
+        return {path: state for path, state in self.products.items() if self.table[path].scaling == "delayed"}
+
     def undo(self) -> None:
         """Give the model back as it was, with the weights it has now, in fp32. A second call does nothing."""
         self._undo.close()

@@ -415,7 +415,7 @@ class Stepper:
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
-            "products": {path: state.state_dict() for path, state in self.conversion.products.items()},
+            "products": {path: state.state_dict() for path, state in self.conversion.list_histories().items()},
             "applied": self.applied,
             "skipped": self.skipped,
             "micro": self._window.micro,
@@ -448,7 +448,7 @@ class Stepper:
         self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
         for path, products in state.get("products", {}).items():
-            self.conversion.products[path].load_state_dict(products)
+            self.conversion.list_histories()[path].load_state_dict(products)
         self._quantized.clear()
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)

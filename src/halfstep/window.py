@@ -310,15 +310,14 @@ def _lacks_autocast(loss: Tensor, weights: set[nn.Parameter]) -> bool:
     """Whether a loss was computed from some of these fp32 weights without any autocast, whoever might have opened it.
 
     A product of an fp32 weight under autocast leaves a cast in the graph. A node that is written in Python, or compiled,
-    may hide products and casts, so that nothing can be said then.
+    may hide casts, so that nothing can be said then.
     """
     nodes = list(_walk(loss))
     names = {node.name() for node in nodes}
     if any(isinstance(node, BackwardCFunction) for node in nodes) or any(name.startswith(CASTS) for name in names):
         return False
-    leaves = {leaf for node in nodes if isinstance(leaf := getattr(node, "variable", None), Tensor)}
-    is_fp32 = not any(value.dtype in SIXTEEN_BITS for value in (loss, *leaves))
-    return is_fp32 and not weights.isdisjoint(leaves) and any(name.startswith(PRODUCTS) for name in names)
+    leaves = {getattr(node, "variable", None) for node in nodes}
+    return not weights.isdisjoint(leaves) and any(name.startswith(PRODUCTS) for name in names)
 
 
 def _walk(loss: Tensor) -> Iterator[Node]:
