@@ -2086,6 +2086,7 @@ def test_delayed_scaling_forgets_a_skipped_step_and_does_not_learn_from_evaluati
         histories = stepper.state_dict()["products"]["0"]
         runs.append({**stepper.model.state_dict(), **{k: v["amaxes"] for k, v in histories.items() if k != "draws"}})
         assert "_halfstep_amaxes" not in ".".join(model.state_dict())
+        assert not dict(copy.deepcopy(model).named_buffers())
         stepper.restore()
         assert not dict(model.named_buffers())
     assert runs[0]["gradient"].count_nonzero() == len(batches)
