@@ -19,6 +19,7 @@ from pathlib import Path
 from halfstep import records
 
 ROOT = Path(__file__).parent.parent
+EIGHT_BITS = "fp32,torch-amp,halfstep:fp8-mixed,halfstep:int8-mixed"
 
 
 def list_commands(cifar10: str | None) -> dict[str, list[str]]:
@@ -26,6 +27,9 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
     commands = {
         "probe": ["probe"],
         "text-generation": ["compare", "text-generation"],
+        "8-bit-text": ["compare", "text-generation", "--arms", EIGHT_BITS],
+        "8-bit-images": ["compare", "image-classification", "--arms", EIGHT_BITS, "--seeds", "5"],
+        "rehearsal-text": ["compare", "text-generation", "--rehearse", "fp8-h100"],
     }
     if cifar10:
         commands["tutorial-cnn"] = ["compare", "tutorial-cnn", "--seeds", "2", "--data", cifar10]

@@ -588,3 +588,16 @@ def test_every_kind_of_module_follows_a_scaled_rule(kind: str, train: bool) -> N
 def test_modules_whose_products_cannot_be_replaced_are_refused(module: nn.Module) -> None:
     with pytest.raises(UnsupportedError, match="products in int8 are for Linear, Conv1d"):
         convert(nn.ModuleList([module]), Plan.parse("path=0 compute=int8\ncompute=fp32"))
+
+
+def test_audit_names_what_is_emulated_and_what_emulates_it() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    plan = Plan.parse("path=0 compute=fp8_e4m3 grad=fp8_e5m2\npath=1 compute=int8 scaling=row\ncompute=bf16")
+    with convert(model, plan) as conversion:
+        with conversion.audit() as audit, conversion.autocast():
+            model(torch.randn(32, 32))
+        formats = [r.compute for r in conversion.describe()]
+    assert formats == ["fp8_e4m3", "int8", "bf16"]
+    assert set(audit.computed["0"]) == {"fp8_e4m3 emulated in bf16"}
+    assert set(audit.computed["1"]) <= {"int8", "int8 emulated in fp32"}
+    assert set(audit.computed["2"]) == {"bf16"}

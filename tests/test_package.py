@@ -79,7 +79,16 @@ SPINE = [
     "report",
     "cli",
 ]
-PURE = ["errors", "records", "numerics.formats", "plan", "rehearsals", "control.search", "control.controller", "numerics.operations"]
+PURE = [
+    "errors",
+    "records",
+    "numerics.formats",
+    "plan",
+    "rehearsals",
+    "control.search",
+    "control.controller",
+    "numerics.operations",
+]
 OPTIONAL = {"sklearn", "pyarrow", "PIL", "datasets", "torchvision", "tensorboard"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the two names differ by more than a dash
 PROCESS_SWITCHES = re.compile(

@@ -101,7 +101,7 @@ class Conversion:
             >>> audit.computed["0"]
             Counter({'bf16': 1})
         """
-        return Audit(self.model)
+        return Audit(self.model, {path: self.table[path].compute for path in self.products})
 
     def describe(self) -> tuple[LayerRecord, ...]:
         """One record for every module that has parameters of its own or that a plan has a word for."""
@@ -112,7 +112,7 @@ class Conversion:
                 s = self.table[path]
                 records.append(
                     LayerRecord(path=path, kind=kind, compute=s.compute, storage=s.storage, master=s.master,
-                                parameters=own, why=s.why)
+                                parameters=own, why=s.why, grad=s.grad, saved=s.saved)
                 )  # fmt: skip
         return tuple(records)
 

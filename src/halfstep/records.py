@@ -180,6 +180,8 @@ class LayerRecord(Record):
     master: str
     parameters: int
     why: str = ""
+    grad: str = ""  # format of the gradient in its products; "" as compute
+    saved: str = ""  # format in which its activations wait for the backward pass; "" as they are
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 class Audit(TorchDispatchMode):
-    """What every layer really ran in, seen at run time.
+    """What every layer really ran in, seen at run time. A product that is emulated is named with both formats.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -68,9 +68,10 @@ class Audit(TorchDispatchMode):
         Counter({'fp32': 1})
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, replaced: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.replaced = replaced or {}  # path of a module with products of its own -> their format
         self.computed: dict[str, Counter[str]] = {}  # path -> {format: products run in it}
         self.casts: Counter[tuple[str, str, str]] = Counter()  # (path, from, to) -> how often
         self.cast_numbers: Counter[tuple[str, str, str]] = Counter()  # (path, from, to) -> numbers converted
@@ -93,12 +94,19 @@ class Audit(TorchDispatchMode):
         name = func.overloadpacket.__name__
         path = self._running[-1] if self._running else BACKWARD
         if name in _PRODUCTS or "attention" in name:
-            tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.is_floating_point()]
+            tensors = [
+                t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype not in (torch.bool, torch.int64)
+            ]
             if tensors:
-                self.computed.setdefault(path, Counter())[name_dtype(tensors[0].dtype)] += 1
+                self.computed.setdefault(path, Counter())[self._name_format(path, tensors[0].dtype)] += 1
         elif name in _CASTS:
             self._note_cast(path, args[1] if name == "copy_" else args[0], result)
         return result
+
+    def _name_format(self, path: str, dtype: torch.dtype) -> str:
+        """The format of a product, and where no unit multiplies it here, the one that it is emulated in."""
+        seen, planned = name_dtype(dtype), self.replaced.get(path, "")
+        return seen if planned in ("", seen) else f"{planned} emulated in {seen}"
 
     def _note_cast(self, path: str, source: Any, result: Tensor) -> None:
         if not isinstance(source, Tensor) or source.dtype == result.dtype:

@@ -1,6 +1,7 @@
 """Records as tables for the terminal."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -84,7 +85,7 @@ def show_plan(plan: PlanRecord) -> RenderableType:
     table = _table("module", "kind", "compute", "weights", ">parameters", title="Plan")
     reasons: dict[str, str] = {}
     for row in group_layers(plan.layers):
-        table.add_row(row.path, row.kind, row.compute, describe_storage(row), f"{row.parameters:,}")
+        table.add_row(row.path, row.kind, describe_compute(row), describe_storage(row), f"{row.parameters:,}")
         if row.why and row.why != plan.why:
             reasons.setdefault(row.why, row.path)
     return Group(
@@ -94,6 +95,12 @@ def show_plan(plan: PlanRecord) -> RenderableType:
     )
 
 
+def describe_compute(layer: LayerRecord) -> str:
+    """Formats of products and saved activations in words: "bf16", or "fp8_e4m3, gradient fp8_e5m2, saves int8"."""
+    grad = f", gradient {layer.grad}" if layer.grad not in ("", layer.compute) else ""
+    return f"{layer.compute}{grad}{f', saves {layer.saved}' if layer.saved else ''}"
+
+
 def describe_storage(layer: LayerRecord) -> str:
     """Storage and master in words: "fp32", or "bf16 + split"."""
     return layer.storage if layer.storage == "fp32" else f"{layer.storage} + {layer.master}"
@@ -101,15 +108,14 @@ def describe_storage(layer: LayerRecord) -> str:
 
 def group_layers(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
     """Layers of equal settings and reason in one record each, in order, with their parameters added up."""
-    groups: dict[tuple[str, str, str, str, str], list[LayerRecord]] = {}
+    groups: dict[LayerRecord, list[LayerRecord]] = {}
     for layer in layers:
-        groups.setdefault((layer.kind, layer.compute, layer.storage, layer.master, layer.why), []).append(layer)
+        groups.setdefault(replace(layer, path="", parameters=0), []).append(layer)
     merged = []
-    for (kind, compute, storage, master, why), members in groups.items():
+    for common, members in groups.items():
         path = members[0].path or "(model)"
         path += f" and {len(members) - 1} more" if len(members) > 1 else ""
-        merged.append(LayerRecord(path=path, kind=kind, compute=compute, storage=storage, master=master, why=why,
-                                  parameters=sum(m.parameters for m in members)))  # fmt: skip
+        merged.append(replace(common, path=path, parameters=sum(m.parameters for m in members)))
     return merged
 
 
