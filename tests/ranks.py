@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD, AdamW
 
 from halfstep import GradScaler
-from halfstep import stepper as stepper_module
 from halfstep.control.sensitivity import Choice
 from halfstep.distributed import Alone
 from halfstep.plan import Plan
 from halfstep.records import StepOutcome
 from halfstep.stepper import Stepper, prepare
+from halfstep.stepping import plan_in_force
 from helpers import SPLIT, copy_weights, make_cnn, make_mlp, make_regression_batches, seeded
 
 RANK, STEPS = int(os.environ.get("RANK", "0")), 20
@@ -191,7 +191,7 @@ def scaler_closure() -> Result:
 def auto() -> Result:
     """Each rank measures something else; the first one's word holds."""
     plans = [Plan.parse(SPLIT), Plan.preset("32-true")]
-    stepper_module.choose_plan = lambda *_, **__: Choice(plan=plans[RANK], why="by hand", seconds=0.0)
+    plan_in_force.choose_plan = lambda *_, **__: Choice(plan=plans[RANK], why="by hand", seconds=0.0)
     model, batches = make_mlp(), make_batches(3)
     stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto")
     try:

@@ -55,6 +55,7 @@ SPINE = [
     "mechanisms.activations",
     "mechanisms.gradients",
     "mechanisms.loss_scale",
+    "mechanisms.scaler_memory",
     "mechanisms.grad_scaler",
     "mechanisms.master_weights",
     "mechanisms.optimizer_states",
@@ -68,6 +69,7 @@ SPINE = [
     "stepping.copies",
     "stepping.gradient_release",
     "stepping.options",
+    "stepping.plan_in_force",
     "stepping.rescue",
     "stepping.stalls",
     "stepper",
@@ -225,13 +227,12 @@ def test_listing_the_face_imports_no_torch() -> None:
 
 
 def test_mechanisms_do_not_import_each_other() -> None:
-    state_machines = {
-        "grad_scaler": "halfstep.mechanisms.loss_scale."
-    }  # the scaler is the rule behind torch's interface
+    # the scaler is the rule behind torch's interface, and a memory
+    parts = {"grad_scaler": ("halfstep.mechanisms.loss_scale.", "halfstep.mechanisms.scaler_memory.")}
     for path in sorted((PACKAGE / "mechanisms").glob("*.py")):
         names = list(imports_of(parse(path), inside_functions=True))
         others = [name for name in names if name.startswith("halfstep.mechanisms")]
-        assert [name for name in others if not name.startswith(state_machines.get(path.stem, ()))] == []
+        assert [name for name in others if not name.startswith(parts.get(path.stem, ()))] == []
 
 
 @pytest.mark.parametrize("room", ["numerics", "mechanisms"])

@@ -19,12 +19,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from halfstep import stepper as stepper_module
 from halfstep.checkpoint import change_plan, pack, unpack
 from halfstep.control.sensitivity import Choice
+from halfstep.conversion import convert
 from halfstep.errors import FormatError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
 from halfstep.mechanisms.optimizer_states import Quantized
 from halfstep.plan import Plan
 from halfstep.records import StepOutcome
 from halfstep.stepper import Stepper, prepare, read_plan
+from halfstep.stepping import plan_in_force
 from helpers import (
     FP32_MASTER,
     NO_MASTER,
@@ -622,7 +624,7 @@ def test_plan_is_read_from_a_file(tmp_path: Path, suffix: str) -> None:
 def take_plan(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     """Let "auto" choose this plan, whatever was measured."""
     choice = Choice(plan=Plan.parse(plan), why="chosen by hand", seconds=0.5)
-    monkeypatch.setattr(stepper_module, "choose_plan", lambda *_args, **_options: choice)
+    monkeypatch.setattr(plan_in_force, "choose_plan", lambda *_args, **_options: choice)
 
 
 def test_auto_is_fp32_until_a_training_batch_is_seen() -> None:
@@ -638,7 +640,7 @@ def test_auto_is_fp32_until_a_training_batch_is_seen() -> None:
     assert stepper.state_dict()["plan"] is None
     assert train(stepper, make_regression_batches(1))[0].applied
     assert stepper.state_dict()["plan"] is not None
-    assert stepper._waiting is None
+    assert not stepper._in_force.is_waiting
     stepper.restore()
     assert not has_hooks(model)
 
@@ -647,7 +649,7 @@ def test_auto_on_a_machine_without_fast_16_bits_stays_in_fp32_and_says_why(monke
     def fail(device: str) -> None:
         raise AssertionError("the profile was given")
 
-    monkeypatch.setattr(stepper_module, "get_profile", fail)
+    monkeypatch.setattr(plan_in_force, "get_profile", fail)
     models, batches = (make_mlp(), make_mlp()), make_regression_batches(10)
     stepper = prepare(models[0], make_adamw(models[0]), "auto", profile=make_profile("slower"))
     train(stepper, batches)
@@ -671,7 +673,7 @@ def test_auto_on_a_machine_with_fast_bf16_gives_every_layer_a_format_and_a_reaso
 
 
 def test_auto_asks_for_the_profile_of_this_machine_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepper_module, "get_profile", lambda device: make_profile("slower"))
+    monkeypatch.setattr(plan_in_force, "get_profile", lambda device: make_profile("slower"))
     model = make_mlp()
     stepper = prepare(model, make_adamw(model))
     train(stepper, make_regression_batches(1))
@@ -730,7 +732,7 @@ def test_adopting_a_plan_ends_the_wait_of_auto() -> None:
     assert stepper.plan.name == "bf16-mixed"
     assert stepper.plan_record is not None
     assert stepper.plan_record.why == "asked for"
-    assert stepper._waiting is None
+    assert not stepper._in_force.is_waiting
 
 
 # --- state
@@ -1194,10 +1196,12 @@ def test_average_is_taken_from_the_full_precision() -> None:
     assert model[0].weight.dtype is torch.bfloat16
 
 
-def test_average_made_after_the_conversion_is_refused() -> None:
-    model = make_mlp()
+def test_average_of_a_converted_model_is_refused_and_of_a_prepared_one_full_precision() -> None:
+    model, converted, other = make_mlp(), make_mlp(), make_mlp()
     stepper = prepare(model, SGD(model.parameters(), lr=0.1), SPLIT)
-    average, other = AveragedModel(stepper.model), make_mlp()
+    assert all(p.dtype is torch.float32 for p in AveragedModel(stepper.model).parameters())
+    convert(converted, Plan.parse(SPLIT))
+    average = AveragedModel(converted)
     with pytest.raises(ModelError, match="make it before"):
         prepare(other, SGD(other.parameters(), lr=0.1), "32-true", averages=average)
 

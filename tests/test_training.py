@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from halfstep import checkpoint as checkpoint_module
 from halfstep import records
-from halfstep import stepper as stepper_module
 from halfstep import training as training_module
 from halfstep.checkpoint import Rounding, load_checkpoint
 from halfstep.control.sensitivity import Choice
@@ -20,6 +19,7 @@ from halfstep.errors import CheckpointError, DataError, HalfstepError, RecordErr
 from halfstep.plan import Plan
 from halfstep.records import EndRecord, EvaluationRecord, PlanRecord, Record, RunRecord, StepRecord
 from halfstep.stepper import Stepper, prepare
+from halfstep.stepping import plan_in_force
 from halfstep.training import (
     Metric,
     Run,
@@ -350,7 +350,7 @@ def test_plan_that_auto_chose_is_kept_over_an_interruption(
         plan = Plan.parse(f"name=auto\nkind=norm compute=fp32 storage=fp32 master=none why='by hand'\n{SPLIT}")
         return Choice(plan=plan, why="chosen by hand", seconds=0.0)
 
-    monkeypatch.setattr(stepper_module, "choose_plan", choose)
+    monkeypatch.setattr(plan_in_force, "choose_plan", choose)
     whole = begin(open_run(tmp_path / "whole", "auto"))
     drive(whole)
     drive(begin(open_run(tmp_path / "parts", "auto")), stop_after=stop_after)
@@ -780,7 +780,7 @@ def test_data_worker_that_dies_is_recorded_and_leaves_the_last_checkpoint(tmp_pa
     with pytest.raises(RuntimeError, match="worker"):
         drive(run, save_every=1)
     # item 7 is fetched while step 6 is made, and torch raises the error wherever that step, or its saving, has come to
-    assert_failed_and_can_go_on(run, whole, "exited unexpectedly", saved=(4, 6))
+    assert_failed_and_can_go_on(run, whole, "exited unexpectedly", saved=(4, 5, 6))
 
 
 def test_disk_that_fills_up_while_saving_keeps_the_former_checkpoint_and_the_record_says_so(

@@ -58,6 +58,7 @@ class Conversion:
         self.table: Mapping[str, Settings] = resolution.table
         self.masters = MasterWeights()
         self.products: dict[str, ProductState] = {}  # module path -> what its products keep from call to call
+        self.quantized = QuantizedWeights()
         saved = {path: settings.saved for path, settings in self.table.items()}
         self.keeper = Keeper(model, saved) if any(saved.values()) else None
         self._undo = ExitStack()
@@ -116,12 +117,10 @@ class Conversion:
                 )  # fmt: skip
         return tuple(records)
 
-    def share_quantized_weights(self) -> QuantizedWeights:
-        """From now on products share quantized copies of weights; the caller clears them whenever weights have changed."""
-        quantized = QuantizedWeights()
+    def share_quantized_weights(self) -> None:
+        """From now on products share `quantized`, which the caller clears whenever weights have changed."""
         for state in self.products.values():
-            state.weights = quantized
-        return quantized
+            state.weights = self.quantized
 
     def list_histories(self) -> dict[str, ProductState]:
         """Of the modules with delayed scaling, by path: what a run that goes on bit for bit has to save."""

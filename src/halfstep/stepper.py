@@ -9,8 +9,8 @@
 Every call returns a StepOutcome: applied, skipped or accumulated, and why. A skipped step changes nothing but the loss
 scale and the counters of skips: weights, optimizer states, buffers, schedules and averages are as before it.
 
-`window` collects and checks; the room `stepping` holds the rest: the optimizers as one, closures, gradient release, what is
-kept against steps that go on failing, and what `prepare` refuses.
+`window` collects and checks; the room `stepping` holds the rest: the optimizers as one, closures, gradient release, the plan
+in force, what is kept against steps that go on failing, and what `prepare` refuses.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,19 +24,15 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.hooks import RemovableHandle
 
 from halfstep.control.controller import Decision, Recovery, RecoveryRule, find_policy
-from halfstep.control.sensitivity import choose_plan
-from halfstep.conversion import convert, draft_conversion
-from halfstep.distributed import Ranks, is_inside_wrapper
+from halfstep.control.sensitivity import Choice
+from halfstep.conversion import Conversion
+from halfstep.distributed import Ranks
 from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError
-from halfstep.machine.hardware import get_profile
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
-from halfstep.numerics.products import QuantizedWeights
-from halfstep.plan import PRESETS, Plan
+from halfstep.plan import Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
-from halfstep.rehearsals import REHEARSALS
 from halfstep.snapshot import Snapshot
 from halfstep.stepping.agreement import agree_on_finding
 from halfstep.stepping.closures import ClosureStep
@@ -46,13 +42,14 @@ from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import (
     Options,
     require_alone,
-    require_plan,
     require_possible,
     require_stand_ins,
     require_trainable,
     require_whole,
     take_several,
 )
+from halfstep.stepping.plan_in_force import PlanInForce
+from halfstep.stepping.plan_in_force import read_plan as read_plan
 from halfstep.stepping.rescue import Rescue, widen_layer
 from halfstep.stepping.stalls import StallReports
 from halfstep.window import Finding, Window
@@ -75,12 +72,10 @@ class Stepper:
         self.skipped = 0
         self.outcome: StepOutcome | None = None  # of the last call of step()
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
-        self.conversion = convert(model, PRESETS["32-true"])
-        self._quantized = QuantizedWeights()  # that the micro-batches of a window share
-        self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
-        self._optimizers = Optimizers(optimizers, self.conversion.masters)
+        self._optimizers = Optimizers(optimizers)
+        self._in_force = PlanInForce(model, self._optimizers, options)
         self._rescue, self._stalls = Rescue(), StallReports()
         self._window = Window(model, optimizers)
         self._window.when_loaded = self._rescue.forget_state
@@ -90,13 +85,18 @@ class Stepper:
         self._hooks.enter_context(guard_copies(model, lambda: self.conversion.widened()))
 
     def __repr__(self) -> str:
-        plan = "auto, not chosen yet" if self._waiting else self.plan.name or "a plan of its own"
+        plan = "auto, not chosen yet" if self._in_force.is_waiting else self.plan.name or "a plan of its own"
         return f"Stepper({plan}; {self.applied} applied, {self.skipped} skipped; loss scale {self.scale:g})"
 
     @property
     def optimizer(self) -> Optimizer:
         """The first of the optimizers, which is mostly the only one."""
         return self.optimizers[0]
+
+    @property
+    def conversion(self) -> Conversion:
+        """What the plan in force has done to the model."""
+        return self._in_force.conversion
 
     @property
     def plan(self) -> Plan:
@@ -236,7 +236,7 @@ class Stepper:
         """What moves when the weights did."""
         self.applied += 1
         torch.clear_autocast_cache()  # which holds converted weights as long as a block around several steps is open
-        self._quantized.clear()
+        self.conversion.quantized.clear()
         for scheduler in self.schedulers:
             scheduler.step()
         if self.options.averages:
@@ -297,7 +297,7 @@ class Stepper:
                 why += f"; {rate}"
             case "roll-back":
                 applied = self._rescue.roll_back()
-                self._quantized.clear()
+                self.conversion.quantized.clear()
                 if applied is None:
                     return Decision(action="stop", why=f"{why}; there is no good state to go back to")
                 why += f"; {rate}; from applied step {self.applied} to {applied}"
@@ -317,41 +317,22 @@ class Stepper:
         return [rule.path for rule in rules]
 
     def wait_for_batch(self) -> None:
-        """Choose the plan when the first training batch arrives, just before the model sees it.
+        """Choose the plan when the first training batch arrives, just before the model sees it."""
 
-        Of several processes all take the plan of the first.
-        """
-
-        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not module.training or not torch.is_grad_enabled():
-                return
-            if is_inside_wrapper():
-                raise ModelError(
-                    "'auto' may change the format of weights, for which DistributedDataParallel has its buffers already: "
-                    "run one training batch through stepper.model before you wrap it, or give prepare() a plan"
-                )
-            self._stop_waiting()
-            profile = self.options.profile or get_profile(self.conversion.device_type)
-            choice = choose_plan(module, args, kwargs, profile=profile)
-            plan = Plan.parse(self.ranks.gather(str(choice.plan))[0])
-            self._adopt(plan, choice.why, choice.seconds)
+        def take(choice: Choice) -> None:
+            self._adopt(choice.plan, choice.why, choice.seconds)
             if self._around is not None:
                 self._around.enter_context(self.conversion.autocast())
 
-        self._waiting = self.model.register_forward_pre_hook(choose, with_kwargs=True)
+        self._in_force.wait_for_batch(take)
 
     def _let_auto_choose(self, closure: Callable[[], Tensor]) -> None:
         """It does so in a forward pass, which must not be one in the middle of an update."""
-        if self._waiting is not None:
+        if self._in_force.is_waiting:
             with self.autocast():
                 closure()
             self._window.put_back()
             self._window.clear()
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.remove()
-        self._waiting = None
 
     def adopt(self, plan: Plan, why: str = "") -> None:
         """Put another plan in force; weights, optimizer state and the gradients of an open window go on from fp32.
@@ -359,32 +340,18 @@ class Stepper:
         Raises what `convert` raises; the plan before stays in force then.
         """
         window, before = self._window.state_dict(), self.scale
-        self._stop_waiting()
         try:
             self._adopt(plan, why)
         finally:
             self._window.load_state_dict(window, self.scale / before)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
-        plan = replace(plan, recovery=self.options.recovery or plan.recovery)
-        before, noise = self.conversion.plan, self.conversion.masters.state_dict()
-        self.conversion.undo()
-        try:
-            drafted = draft_conversion(self.model, plan)
-            require_plan(plan, drafted, self.options, self.optimizers)
-            drafted.apply()
-        except Exception:
-            self.conversion = convert(self.model, before)
-            self.conversion.masters.load_state_dict(noise)
-            self._optimizers.masters = self.conversion.masters
-            raise
-        self.conversion = drafted
+        self._in_force.adopt(plan)
+        plan = self.plan
         self._window.find_buffers()
+        self._window.autocast_weights = self.conversion.list_autocast_weights()
         if self.accumulate > 1:
-            self._quantized = drafted.share_quantized_weights()
-        self._window.autocast_weights = drafted.list_autocast_weights()
-        self.conversion.masters.load_state_dict(noise)
-        self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
+            self.conversion.share_quantized_weights()
         self._rescue.forget_state()
         self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
@@ -395,13 +362,10 @@ class Stepper:
 
     def restore(self) -> nn.Module:
         """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""
-        self._stop_waiting()
         self._hooks.close()
         self._window.clear()
         self._rescue.forget_state()
-        self.conversion.undo()
-        self.conversion = convert(self.model, PRESETS["32-true"])
-        self._optimizers.follow(self.conversion.masters)
+        self._in_force.end()
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -411,7 +375,7 @@ class Stepper:
         buffers from before the window.
         """
         return {
-            "plan": str(self.plan) if self._waiting is None else None,
+            "plan": None if self._in_force.is_waiting else str(self.plan),
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
@@ -443,13 +407,13 @@ class Stepper:
         if state["plan"] is not None and state["plan"] != str(self.plan):
             self.adopt(Plan.parse(state["plan"]), "restored")
         if state["plan"] is not None:
-            self._stop_waiting()
+            self._in_force.stop_waiting()
         self._scale = LossScale(**state["loss_scale"])
         self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
         for path, products in state.get("products", {}).items():
             self.conversion.list_histories()[path].load_state_dict(products)
-        self._quantized.clear()
+        self.conversion.quantized.clear()
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)
 
@@ -517,16 +481,3 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         stepper.restore()
         raise
     return stepper
-
-
-def read_plan(plan: Plan | str) -> Plan:
-    """A plan from whatever names one: a Plan, the name of a preset or of a rehearsal, a plan's text, or a plan file."""
-    from pathlib import Path
-
-    if isinstance(plan, Plan):
-        return plan
-    if not isinstance(plan, str):
-        raise PlanError(f"a plan is a Plan, the name of a precision, or a path; got {plan!r:.60}")
-    if plan.endswith((".toml", ".json", ".plan")):
-        return Plan.load(Path(plan))
-    return REHEARSALS[plan].plan if plan in REHEARSALS else Plan.parse(plan)

@@ -14,9 +14,7 @@ know whether to call an optimizer that cannot skip by itself. Outcomes are read 
 
 import functools
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch.optim import Optimizer
 from halfstep.distributed import Ranks, find_ranks
 from halfstep.errors import ModelError, TrainingError
 from halfstep.mechanisms.loss_scale import LossScaleRule, adjust_tensors
+from halfstep.mechanisms.scaler_memory import Mark, Memory, get_local
 from halfstep.records import StepOutcome
 from halfstep.snapshot import Snapshot
 
@@ -108,7 +107,7 @@ class GradScaler(torch.amp.GradScaler):
         self._skips = torch.zeros((), dtype=torch.int32)  # updates in a row that found a non-finite gradient
         self._updates = 0  # of them so far; says when to look at the skips
         self._ranks = ranks
-        self._memory = _Memory()
+        self._memory = Memory()
 
     def name_parameters(self, model: nn.Module) -> None:
         """Let outcomes call parameters by their names in `model`, and not by their places in the optimizer."""
@@ -248,7 +247,7 @@ class GradScaler(torch.amp.GradScaler):
         if found is None:
             self._memory.note(optimizer, scale, cause=NO_GRADIENT)
         else:
-            witness = next((_Mark(parameter) for _, parameter in self._memory.find_gradients(optimizer)), None)
+            witness = next((Mark(parameter) for _, parameter in self._memory.find_gradients(optimizer)), None)
             self._memory.note(optimizer, scale, found, witness=witness)
         return result
 
@@ -400,7 +399,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._memory = _Memory()
+        self._memory = Memory()
 
 
 class _NonFiniteError(Exception):
@@ -411,134 +410,12 @@ class _NonFiniteError(Exception):
         self.tensors = tensors
 
 
-class _Mark:
-    """A gradient as it was at a moment: which tensor, and how often it had been written to."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        gradient = parameter.grad
-        self.gradient = weakref.ref(gradient) if gradient is not None else None
-        self.version = gradient._version if gradient is not None else 0
-
-    def is_same_tensor(self) -> bool:
-        return self.gradient is not None and self.parameter.grad is self.gradient()
-
-    def is_unchanged(self) -> bool:
-        gradient = self.parameter.grad
-        return gradient is not None and self.is_same_tensor() and gradient._version == self.version
-
-
-@dataclass(kw_only=True)
-class _Step:
-    """What one step did, as far as it can be known without waiting for the device."""
-
-    optimizer: weakref.ref[Optimizer]
-    applied: int | Tensor  # steps of this optimizer until now
-    overflowed: bool | Tensor  # nonzero where a gradient was not finite
-    before: float | Tensor
-    after: float | Tensor
-    cause: str
-    tensors: tuple[str, ...]
-    witness: _Mark | None  # as long as this gradient is there, the others are too
-
-    def describe(self) -> StepOutcome:
-        cause = self.cause
-        if bool(self.overflowed):
-            cause = "a gradient is not finite; it was on another rank, or has been replaced since step()"
-            if self.tensors:
-                cause = f"{len(self.tensors)} gradients are not finite, the first is {self.tensors[0]}"
-        return StepOutcome(
-            status="skipped" if cause else "applied", step=int(self.applied), scale_before=float(self.before),
-            scale_after=float(self.after), cause=cause, tensors=self.tensors,
-        )  # fmt: skip
-
-
-@dataclass
-class _Memory:
-    """What a scaler has seen of optimizers and gradients. Not part of its state: a copy starts with none."""
-
-    names: dict[Tensor, str] = field(default_factory=dict)
-    steps: weakref.WeakKeyDictionary[Optimizer, _Step] = field(default_factory=weakref.WeakKeyDictionary)
-    last: _Step | None = None
-    open: list[_Step] = field(default_factory=list)  # since the last update
-    scaled: list[Tensor] | None = None  # what scale() gave within the closure that is running
-    left: weakref.WeakKeyDictionary[Optimizer, dict[Tensor, _Mark]] = field(default_factory=weakref.WeakKeyDictionary)
-    optimizers: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet)  # whose gradients are marked
-    marks: dict[Tensor, _Mark] = field(default_factory=dict)  # gradients as the last backward pass left them
-    warned: bool = False
-
-    def note(
-        self, optimizer: Optimizer, scale: float | Tensor, overflowed: bool | Tensor = False, *, cause: str = "",
-        tensors: tuple[str, ...] = (), witness: _Mark | None = None,
-    ) -> None:  # fmt: skip
-        earlier = self.steps.get(optimizer)
-        applied = earlier.applied if earlier else 0
-        self.last = self.steps[optimizer] = _Step(
-            optimizer=weakref.ref(optimizer), applied=applied if cause else applied + (overflowed == 0),
-            overflowed=overflowed, before=scale, after=scale, cause=cause, tensors=tensors, witness=witness,
-        )  # fmt: skip
-        self.open.append(self.last)
-
-    def close(self, before: Tensor, scale: Tensor) -> None:
-        """After an update: its steps keep the scale as it was before and as it is now."""
-        after = scale.clone()
-        for step in self.open:
-            step.before, step.after = before, after
-        self.open.clear()
-        self.marks.clear()
-
-    def find_gradients(self, optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
-        """Parameters with a gradient, under the best name known."""
-        for g, group in enumerate(optimizer.param_groups):
-            names = group.get("param_names")
-            for i, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    place = names[i] if names else f"param_groups[{g}]['params'][{i}]"
-                    yield self.names.get(parameter, place), parameter
-
-    def find_nonfinite(self, optimizer: Optimizer) -> tuple[str, ...]:
-        with torch.no_grad():
-            return tuple(name for name, p in self.find_gradients(optimizer) if not _is_finite(p.grad))
-
-    def mark_gradients(self) -> None:
-        for optimizer in self.optimizers:
-            self.marks.update({p: _Mark(p) for _, p in self.find_gradients(optimizer)})
-
-    def find_changed(self, optimizer: Optimizer) -> list[str]:
-        """Names of gradients written to since they were marked. From now on the optimizer's gradients are marked."""
-        if self.warned:
-            self.optimizers.clear()
-            return []
-        self.optimizers.add(optimizer)
-        marks = [(name, self.marks.get(p)) for name, p in self.find_gradients(optimizer)]
-        return [name for name, mark in marks if mark and mark.is_same_tensor() and not mark.is_unchanged()]
-
-    def mark_left(self, optimizer: Optimizer) -> None:
-        """Gradients that a step with closure leaves behind are unscaled already."""
-        self.left[optimizer] = {p: _Mark(p) for _, p in self.find_gradients(optimizer)}
-
-    def has_new_gradients(self, optimizer: Optimizer) -> bool:
-        left = self.left.get(optimizer, {})
-        return any(p not in left or not left[p].is_unchanged() for _, p in self.find_gradients(optimizer))
-
-
 def _add_up(found: Iterable[Tensor], device: torch.device) -> Tensor | None:
     """Sum of one-element tensors from several devices; None of none."""
     here = [one.to(device, non_blocking=True) for one in found]
     return functools.reduce(torch.add, here) if here else None
 
 
-def _get_local(tensor: Any) -> Tensor:
-    """This rank's part of a distributed tensor; any other as it is."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    local = _get_local(gradient)
-    return bool(torch.isfinite(local._values() if local.is_sparse else local).all())
-
-
 def _share_storage(one: Tensor, other: Tensor) -> bool:
     """Whether the two are the same numbers: one is the other, or it detached or reshaped."""
-    return _get_local(one).untyped_storage().data_ptr() == _get_local(other).untyped_storage().data_ptr()
+    return get_local(one).untyped_storage().data_ptr() == get_local(other).untyped_storage().data_ptr()

@@ -23,7 +23,7 @@ class Optimizers:
 
     Examples:
         >>> layer = nn.Linear(2, 1)
-        >>> optimizers = Optimizers((torch.optim.SGD(layer.parameters(), lr=0.5),), MasterWeights())
+        >>> optimizers = Optimizers((torch.optim.SGD(layer.parameters(), lr=0.5),))
         >>> before = layer.bias.item()
         >>> with optimizers.at_rate(0.5):
         ...     _ = optimizers.step({layer.bias: torch.tensor([4.0])}, 1.0)
@@ -31,8 +31,8 @@ class Optimizers:
         1.0
     """
 
-    def __init__(self, optimizers: tuple[Optimizer, ...], masters: MasterWeights) -> None:
-        self.all, self.masters = optimizers, masters
+    def __init__(self, optimizers: tuple[Optimizer, ...]) -> None:
+        self.all, self.masters = optimizers, MasterWeights()
         self._states: dict[Optimizer, NarrowStates] = {}  # of a plan with states in 8 bits
         self._incoming: dict[str, Any] = {}  # state on its way in
         self._hooks = ExitStack()

@@ -1,0 +1,110 @@
+"""The plan in force: what it has done to the model, how another one takes its place, and the wait of "auto" for a batch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from halfstep.control.sensitivity import Choice, choose_plan
+from halfstep.conversion import convert, draft_conversion
+from halfstep.distributed import is_inside_wrapper
+from halfstep.errors import ModelError, PlanError
+from halfstep.machine.hardware import get_profile
+from halfstep.plan import PRESETS, Plan
+from halfstep.rehearsals import REHEARSALS
+from halfstep.stepping.optimizers import Optimizers
+from halfstep.stepping.options import Options, require_plan
+
+
+class PlanInForce:
+    """Keeps a model and its optimizers under one plan; fp32 until one is adopted.
+
+    Examples:
+        >>> layer = nn.Linear(1, 1)
+        >>> in_force = PlanInForce(layer, Optimizers((torch.optim.SGD(layer.parameters(), lr=0.1),)), Options())
+        >>> in_force.adopt(Plan.parse("compute=bf16 storage=bf16 master=split"))
+        >>> layer.weight.dtype
+        torch.bfloat16
+        >>> in_force.end(); layer.weight.dtype
+        torch.float32
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Optimizers, options: Options) -> None:
+        self._model, self._optimizers, self._options = model, optimizers, options
+        self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
+        self.conversion = convert(model, PRESETS["32-true"])
+        optimizers.masters = self.conversion.masters
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether "auto" has not chosen yet."""
+        return self._waiting is not None
+
+    def adopt(self, plan: Plan) -> None:
+        """Put another plan in force. Raises what `convert` raises; the plan before stays in force then."""
+        plan = replace(plan, recovery=self._options.recovery or plan.recovery)
+        self.stop_waiting()
+        before, noise = self.conversion.plan, self.conversion.masters.state_dict()
+        self.conversion.undo()
+        try:
+            drafted = draft_conversion(self._model, plan)
+            require_plan(plan, drafted, self._options, self._optimizers.all)
+            drafted.apply()
+        except Exception:
+            self.conversion = convert(self._model, before)
+            self._optimizers.masters = self.conversion.masters
+            self.conversion.masters.load_state_dict(noise)
+            raise
+        self.conversion = drafted
+        self.conversion.masters.load_state_dict(noise)
+        self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
+
+    def end(self) -> None:
+        """Give the model back in fp32, and the optimizers as plain ones."""
+        self.stop_waiting()
+        self.conversion.undo()
+        self.conversion = convert(self._model, PRESETS["32-true"])
+        self._optimizers.follow(self.conversion.masters)
+
+    def wait_for_batch(self, take: Callable[[Choice], None]) -> None:
+        """Choose a plan when the first training batch arrives, just before the model sees it, and hand it to `take`.
+
+        Of several processes all take the plan of the first.
+        """
+
+        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not module.training or not torch.is_grad_enabled():
+                return
+            if is_inside_wrapper():
+                raise ModelError(
+                    "'auto' may change the format of weights, for which DistributedDataParallel has its buffers already: "
+                    "run one training batch through stepper.model before you wrap it, or give prepare() a plan"
+                )
+            self.stop_waiting()
+            profile = self._options.profile or get_profile(self.conversion.device_type)
+            choice = choose_plan(module, args, kwargs, profile=profile)
+            plan = self._options.find_ranks().gather(str(choice.plan))[0]
+            take(replace(choice, plan=Plan.parse(plan)))
+
+        self._waiting = self._model.register_forward_pre_hook(choose, with_kwargs=True)
+
+    def stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.remove()
+        self._waiting = None
+
+
+def read_plan(plan: Plan | str) -> Plan:
+    """A plan from whatever names one: a Plan, the name of a preset or of a rehearsal, a plan's text, or a plan file."""
+    from pathlib import Path
+
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str):
+        raise PlanError(f"a plan is a Plan, the name of a precision, or a path; got {plan!r:.60}")
+    if plan.endswith((".toml", ".json", ".plan")):
+        return Plan.load(Path(plan))
+    return REHEARSALS[plan].plan if plan in REHEARSALS else Plan.parse(plan)
