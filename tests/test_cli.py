@@ -290,6 +290,27 @@ class TestCompare:
         house.said = done.stdout
         return house
 
+    def test_rehearsal_names_layers_and_says_what_it_leaves_out(self, tmp_path: Path) -> None:
+        house = House(tmp_path / "house")
+        done = house.run(
+            "compare", "tiny.toml", "--seeds", "1", "--rehearse", "mxfp8-b200", "--json", "out.json", "--page", "out.html",
+            "--set", "steps=12", "--set", "evaluations=1",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        values = load_strictly((house.root / "out.json").read_text())
+        assert [arm["name"] for arm in values["arms"]][:2] == ["fp32", "halfstep"]
+        harms = values["arms"][1]["harms"]
+        assert harms and {harm["compute"] for harm in harms} == {"mxfp8_e4m3"}
+        assert all(0 < harm["error"] < 0.1 for harm in harms)
+        assert "SQNR in dB" in done.stdout
+        assert "mxfp8-b200 is NVIDIA B200. Not rehearsed:" in done.stdout
+
+    def test_a_rehearsal_that_is_not_known_is_refused(self, tmp_path: Path) -> None:
+        done = House(tmp_path / "house").run("compare", "tiny.toml", "--rehearse", "fp8-h10")
+        assert done.returncode != 0
+        assert "did you mean 'fp8-h100'" in done.stderr
+        assert "Traceback" not in done.stderr
+
     def test_json_is_strict_and_holds_what_a_reader_needs(self, compared: House) -> None:
         values = load_strictly((compared.root / "out.json").read_text())
         assert [arm["name"] for arm in values["arms"]] == ["fp32", "halfstep"]

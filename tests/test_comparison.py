@@ -20,9 +20,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep import records
 from halfstep.arms import CONTROL, CONTROL_LR, PlainLoop, build_arm, is_arm, require_arms, work
-from halfstep.comparison import compare, has_trained, judge_equivalence
+from halfstep.comparison import REPAIRED, compare, compare_repaired, has_trained, judge_equivalence
 from halfstep.errors import PlanError, RecipeError, TrainingError
-from halfstep.records import ComparisonRecord, EndRecord, EvaluationRecord, Record, StepOutcome, StepRecord
+from halfstep.plan import Plan
+from halfstep.records import (
+    ArmResult,
+    ComparisonRecord,
+    EndRecord,
+    EvaluationRecord,
+    HarmRecord,
+    Record,
+    StepOutcome,
+    StepRecord,
+)
+from halfstep.rehearsals import find_rehearsal
 from halfstep.stepper import Stepper
 from halfstep.tasks.recipe import Recipe, load_recipe
 from halfstep.training import Metric, TrainSettings, build_optimizer, build_schedule
@@ -568,3 +579,40 @@ class TestFailures:
         metric = recipe.build_task().metric
         with pytest.raises(RecipeError, match="unknown arm 'pf32'"):
             compare("no recipe at all", recipe.name, metric, recipe.train, arms=("fp32", "pf32"), seeds=1)
+
+
+class TestRepair:
+    def arm(self, verdict: str, error: float) -> ArmResult:
+        harm = HarmRecord(path="a", compute="fp8_e4m3", error=error, noise=0.5)
+        return ArmResult(
+            name="halfstep", verdict=verdict, metric_mean=1, metric_sd=0, metrics=(1.0,), difference=0, interval=(0, 0),
+            step_ms=1, step_ms_spread=(1, 1), peak_memory_bytes=1, skipped_steps=0, harms=(harm,),
+        )  # fmt: skip
+
+    def record(self, arm: ArmResult) -> ComparisonRecord:
+        return ComparisonRecord(
+            recipe_name="", recipe="", metric="", unit="", higher_is_better=True, margin=1, target=1, seeds=2, steps=1,
+            machine="", torch_version="", threads=1, date="", seconds=1, command="", arms=(arm,), control="",
+            gate_works=True,
+        )  # fmt: skip
+
+    def test_a_plan_that_fails_is_repaired_and_tried_again(self) -> None:
+        tried: list[Plan] = []
+
+        def compare_again(plan: Plan) -> ComparisonRecord:
+            tried.append(plan)
+            return self.record(self.arm("equivalent", 0.0))
+
+        plan = find_rehearsal("fp8-h100").plan
+        result, repaired = compare_repaired(self.record(self.arm("worse", 0.4)), plan, compare_again)
+        assert repaired is not None and tried == [repaired]
+        assert repaired.rules[1:] == plan.rules and repaired.rules[0].path == "a"
+        assert [(arm.name, arm.verdict) for arm in result.arms] == [("halfstep", "worse"), (REPAIRED, "equivalent")]
+
+    @pytest.mark.parametrize(("verdict", "error"), [("equivalent", 0.4), ("better", 0.4), ("worse", 0.01)])
+    def test_a_plan_that_holds_or_whose_layers_are_not_the_cause_is_left(self, verdict: str, error: float) -> None:
+        def compare_again(plan: Plan) -> ComparisonRecord:
+            raise AssertionError(plan)
+
+        first = self.record(self.arm(verdict, error))
+        assert compare_repaired(first, find_rehearsal("fp8-h100").plan, compare_again) == (first, None)

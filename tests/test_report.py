@@ -24,6 +24,7 @@ from halfstep.records import (
     EndRecord,
     EvaluationRecord,
     HardwareProfile,
+    HarmRecord,
     LayerRecord,
     Measurement,
     PlanRecord,
@@ -434,3 +435,40 @@ class TestTensorBoard:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(MissingExtraError, match=r"halfstep\[tensorboard\]"):
             TensorBoard(tmp_path)
+
+
+HARMS = tuple(HarmRecord(path=f"blocks.{i}.up", compute="fp8_e4m3", error=10.0**-i, noise=0.5) for i in range(1, 14))
+
+
+class TestRehearsal:
+    def test_shows_the_worst_layers_first_and_no_times(self) -> None:
+        arms = [make_arm("fp32", "reference"), replace(make_arm("halfstep", "worse"), harms=HARMS[::-1])]
+        shown = render(show_comparison(make_comparison(arms)))
+        assert "the worst 10 of 13" in shown
+        assert shown.index("blocks.1.up") < shown.index("blocks.2.up")
+        assert "blocks.11.up" not in shown
+        assert re.search(r"blocks.1.up +fp8_e4m3 +10.0 +0.2", shown)
+        assert "halfstep against" not in shown
+
+    @pytest.mark.parametrize(
+        ("verdicts", "sentence"),
+        [
+            (("equivalent",), "The model survives these numerics: accuracy is equivalent to fp32's."),
+            (("worse", "equivalent"), "accuracy is worse; with the worst layers kept wider it is equivalent."),
+            (("inconclusive",), "use more seeds or steps"),
+        ],
+    )
+    def test_says_whether_the_model_survives(self, verdicts: tuple[str, ...], sentence: str) -> None:
+        arms = [
+            replace(make_arm(name, verdict), harms=HARMS)
+            for name, verdict in zip(("halfstep", "repaired"), verdicts, strict=False)
+        ]
+        shown = render(show_comparison(make_comparison([make_arm("fp32", "reference"), *arms])), width=200)
+        assert sentence in shown
+        assert "times as fast" not in shown
+
+    def test_plans_name_the_gradients_and_saved_formats(self) -> None:
+        layer = LayerRecord(path="fc", kind="linear", compute="fp8_e4m3", storage="fp32", master="none", parameters=4,
+                            grad="fp8_e5m2", saved="int8")  # fmt: skip
+        shown = render(show_plan(PlanRecord(step=0, plan="", layers=(layer,))))
+        assert "fp8_e4m3, gradient fp8_e5m2, saves int8" in shown

@@ -227,7 +227,7 @@ class Conversion:
             self._undo.callback(drop_histories, module)
         make_unit(module, ProductUnit, self.device_type, around, settings.output or around)
         functions = replace_functions(read_products(settings), state)
-        module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions)
+        module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions).opened
         self._undo.callback(undo_unit, module)
 
     def _find_surroundings(self, path: str) -> str:

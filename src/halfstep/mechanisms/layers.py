@@ -9,6 +9,7 @@ The autocast around it also converts the weights that the products read; a weigh
 format is not touched.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -77,16 +78,16 @@ class Gate(Unit):
 
 
 class ProductUnit(Unit):
-    """A unit inside which torch's product functions are replaced, by the block in `_halfstep_inside`.
+    """A unit inside which torch's product functions are replaced, by the block that `_halfstep_inside` opens.
 
     It converts no inputs: a product rounds its operands itself, from the numbers as they are.
     """
 
-    _halfstep_inside: AbstractContextManager[Any]
+    _halfstep_inside: Callable[[], AbstractContextManager[Any]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, _, _, output = self._halfstep
-        with self._halfstep_inside:
+        with self._halfstep_inside():
             result = original.forward(self, *args, **kwargs)
         return cast_floats(result, DTYPES[output]) if output else result
 
