@@ -8,7 +8,7 @@ backward pass. Every run is a process of its own with one seed a round; the arms
 compared with the torch-amp run of their round.
 
     activation memory    peak resident memory, less that of torch-amp with a batch of one sequence
-    time                 the median step, without the first two
+    time                 the median step, without the first two; CPU time beside it, which other work on the machine disturbs less
     loss                 mean over the last quarter of the steps
 """
 
@@ -48,22 +48,24 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     model = task.build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     keeper = Keeper(model, {"": ARMS[options.arm]}, seed=options.seed)
-    losses, seconds = [], []
+    losses, seconds, busy = [], [], []
     for step in range(options.steps):
         batch = task.make_batch(step)
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16), keeper.keep() if ARMS[options.arm] else nullcontext():
             loss = task.measure_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - start_busy)
         losses.append(loss.item())
     peak = read_peak_memory()
     tail = max(1, options.steps // 4)
     return {
         "peak_mib": round(peak / MIB, 1),
         "step_ms": round(1e3 * statistics.median(seconds[2:] or seconds), 1),
+        "cpu_ms": round(1e3 * statistics.median(busy[2:] or busy), 1),
         "loss": round(statistics.mean(losses[-tail:]), 5),
         "losses": [round(value, 4) for value in losses],
         "saved": describe_saved(task, model) if options.batch > 1 else {},
@@ -129,12 +131,15 @@ def summarize(runs: list[dict[str, dict[str, Any]]], idle: float) -> dict[str, d
         memory = [run[arm]["peak_mib"] - idle for run in runs]
         less = [(run["torch-amp"]["peak_mib"] - idle) / (run[arm]["peak_mib"] - idle) for run in runs]
         slower = [run[arm]["step_ms"] / run["torch-amp"]["step_ms"] for run in runs]
+        busier = [run[arm]["cpu_ms"] / run["torch-amp"]["cpu_ms"] for run in runs]
         worse = [run[arm]["loss"] - run["torch-amp"]["loss"] for run in runs]
         table[arm] = {
             "activation_mib": round(statistics.median(memory), 1),
             "memory_ratio": spread(less),
             "step_ms": [run[arm]["step_ms"] for run in runs],
             "time_ratio": spread(slower),
+            "cpu_ms": [run[arm]["cpu_ms"] for run in runs],
+            "cpu_time_ratio": spread(busier),
             "loss": [run[arm]["loss"] for run in runs],
             "loss_difference": spread(worse),
         }
@@ -163,7 +168,7 @@ def main() -> None:
         runs.append({arm: run_arm(arm, seed, options) for arm in ARMS})
         for arm, run in runs[-1].items():
             print(
-                f"{seed} {arm:9s} {run['peak_mib'] - idle:7.1f} MiB {run['step_ms']:7.1f} ms  loss {run['loss']:.4f}",
+                f"{seed} {arm:9s} {run['peak_mib'] - idle:7.1f} MiB {run['step_ms']:7.1f} ms, {run['cpu_ms']:7.1f} ms of CPU  loss {run['loss']:.4f}",
                 flush=True,
             )
     command = " ".join(

@@ -12,8 +12,9 @@ type that holds them (max-pool's indices 16 bits of 64 mostly), and ReLU's own r
 which numbers are positive. Left as they are, each by a rule of `_find_exception`:
 
     outside      saved while no module of the model runs: the loss, which is not the model's
-    asked        its format is ""
+    kind         fp64, complex and sparse numbers, subclasses of Tensor
     resident     in a parameter's memory, a buffer's or that of what the model was called with: it lives anyway
+    asked        its format is ""
     small        under 32 KiB
     weight       a view or a cast of a parameter: rounding noise would be the same for the whole batch
     expanded     larger than the memory behind it
@@ -22,14 +23,13 @@ which numbers are positive. Left as they are, each by a rule of `_find_exception
     logarithm    log-softmax: an error of e in log p changes the gradient by a factor of exp(e)
     in place     a view that was changed in place: it does not say by what, and it may have been ReLU
     narrow       already no wider than the format
-    kind         fp64, complex and sparse numbers, subclasses of Tensor
 
 A region of memory that several operations save, as it is or in views, is packed once for each format. Packing makes a copy,
 so what is changed in place afterwards gives the gradient at the values that were saved; for tensors kept as they are torch's
 error is raised here, since torch does not look at versions behind hooks. Second derivatives through rounded tensors are refused.
 
-What torch.utils.checkpoint(use_reentrant=True) saves is kept like everything else, so its part of the model is computed again
-from rounded inputs; use_reentrant=False keeps its inputs outside of these hooks, exactly.
+What torch.utils.checkpoint saves, the inputs of its part of the model, is kept like everything else in both of its variants, so
+that part is computed again from rounded inputs; what it saves in the second computation is not packed.
 
 On a processor packed numbers lie away from the heap (`runtime.Arena`), and the holes that originals leave there are given back to
 the system (`runtime.HeapTrimmer`); otherwise the process would stay as large as before.
@@ -273,12 +273,12 @@ class _Pass:
         """The rule by which a tensor stays as it is; "" where none applies."""
         if not self.running:
             return "outside"
-        if not self.keeper.table[path]:
-            return "asked"
         if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.dtype not in _DTYPES:
             return "kind"
         if x.untyped_storage()._cdata in self.resident:
             return "resident"
+        if not self.keeper.table[path]:
+            return "asked"
         if x.nbytes < SMALLEST:
             return "small"
         if x.nbytes > x.untyped_storage().nbytes():
