@@ -12,8 +12,9 @@ type that holds them (max-pool's indices 16 bits of 64 mostly), and ReLU's own r
 which numbers are positive. Left as they are, each by a rule of `_find_exception`:
 
     outside      saved while no module of the model runs: the loss, which is not the model's
-    asked        its format is ""
+    kind         fp64, complex and sparse numbers, subclasses of Tensor
     resident     in a parameter's memory, a buffer's or that of what the model was called with: it lives anyway
+    asked        its format is ""
     small        under 32 KiB
     weight       a view or a cast of a parameter: rounding noise would be the same for the whole batch
     expanded     larger than the memory behind it
@@ -22,14 +23,16 @@ which numbers are positive. Left as they are, each by a rule of `_find_exception
     logarithm    log-softmax: an error of e in log p changes the gradient by a factor of exp(e)
     in place     a view that was changed in place: it does not say by what, and it may have been ReLU
     narrow       already no wider than the format
-    kind         fp64, complex and sparse numbers, subclasses of Tensor
 
 A region of memory that several operations save, as it is or in views, is packed once for each format. Packing makes a copy,
 so what is changed in place afterwards gives the gradient at the values that were saved; for tensors kept as they are torch's
 error is raised here, since torch does not look at versions behind hooks. Second derivatives through rounded tensors are refused.
 
-What torch.utils.checkpoint(use_reentrant=True) saves is kept like everything else, so its part of the model is computed again
-from rounded inputs; use_reentrant=False keeps its inputs outside of these hooks, exactly.
+What torch.utils.checkpoint saves, the inputs of its part of the model, is kept like everything else in both of its variants, so
+that part is computed again from rounded inputs; what it saves in the second computation is not packed.
+
+On a processor packed numbers lie away from the heap (`runtime.Arena`), and the holes that originals leave there are given back to
+the system (`runtime.HeapTrimmer`); otherwise the process would stay as large as before.
 
 Sources: Chen et al. 2021, "ActNN" (arXiv 2104.14129); Liu et al. 2022, "GACT" (arXiv 2206.11357), sections 3 to 5: any model
 through saved-tensor hooks, sensitivities measured from gradients; Jain et al. 2018, "Gist" (ISCA): one bit for ReLU.
@@ -50,6 +53,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from halfstep.errors import PlanError, UnsupportedError, describe_unknown
+from halfstep.machine.runtime import Arena, HeapTrimmer
 from halfstep.numerics.kernels import pack_bits, pack_groups, unpack_bits, unpack_groups
 from halfstep.numerics.noise import derive_keys
 from halfstep.numerics.packing import Groups
@@ -127,6 +131,7 @@ class _Packed:
     shape: torch.Size
     strides: tuple[int, ...]
     path: str
+    on_processor: bool
     source: StorageWeakRef  # while it lives, no other storage has the same address: keys of regions stay unique
 
 
@@ -190,13 +195,13 @@ def _find_two_values(flat: Tensor) -> tuple[Tensor, Tensor] | None:
     return (flat[0], second.view(flat.dtype)) if bool((~others | (words == second)).all()) else None
 
 
-def _narrow_integers(flat: Tensor) -> Tensor | None:
-    """The same integers in the narrowest dtype that holds them; None where that is their own."""
+def _find_narrowest(flat: Tensor) -> torch.dtype | None:
+    """The narrowest dtype that holds these integers; None where that is their own."""
     low, high = (int(value) for value in flat.aminmax())
     for dtype in _INTEGERS:
         limits = torch.iinfo(dtype)
         if limits.min <= low and high <= limits.max and dtype.itemsize < flat.element_size():
-            return flat.to(dtype)
+            return dtype
     return None
 
 
@@ -211,6 +216,7 @@ class _Pass:
         self.resident = {t.untyped_storage()._cdata for t in (*keeper.model.parameters(), *keeper.model.buffers())}
         self._inputs: list[StorageWeakRef] = []  # keep the addresses in `resident` from being used again
         self._regions: WeakValueDictionary[tuple[Any, ...], Region] = WeakValueDictionary()
+        self._arena = Arena()
         self._drawn = 0
         self._wholes: set[int] = set()
 
@@ -239,16 +245,40 @@ class _Pass:
                 why = "no graph" if x.is_floating_point() and x.grad_fn is None else "narrow"
             return self._keep_whole(x, path if self.running else "", why)
 
+    def unpack(self, saved: _Packed | _Whole) -> Tensor:
+        """The tensor that autograd gets back. Raises RuntimeError as torch does, UnsupportedError for second derivatives."""
+        if isinstance(saved, _Whole):
+            if saved.tensor._version != saved.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"[{saved.tensor.type()} {list(saved.tensor.shape)}] is at version {saved.tensor._version}; expected version "
+                    f"{saved.version} instead"
+                )
+            return saved.tensor
+        if (
+            torch.is_grad_enabled()
+            and not isinstance(saved.region, _TwoValued)
+            and saved.region.dtype.is_floating_point
+        ):
+            raise UnsupportedError(
+                f"second derivatives through module '{saved.path}': it keeps its activations rounded, so they would not be those "
+                'of the first ones; give the modules that create_graph=True goes through the saved format ""'
+            )
+        if saved.on_processor:
+            self.keeper.trimmer.look()
+        with torch.no_grad():
+            return saved.region.restore().as_strided(saved.shape, saved.strides)
+
     def _find_exception(self, x: Tensor, path: str) -> str:
         """The rule by which a tensor stays as it is; "" where none applies."""
         if not self.running:
             return "outside"
-        if not self.keeper.table[path]:
-            return "asked"
         if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.dtype not in _DTYPES:
             return "kind"
         if x.untyped_storage()._cdata in self.resident:
             return "resident"
+        if not self.keeper.table[path]:
+            return "asked"
         if x.nbytes < SMALLEST:
             return "small"
         if x.nbytes > x.untyped_storage().nbytes():
@@ -291,29 +321,39 @@ class _Pass:
             if region is None:
                 return None
             self._regions[key] = region
+            if flat.device.type == "cpu":
+                self.keeper.trimmer.look()
             self._count(path, format, flat, region)
         else:
             self._tally(path, format).tensors += 1
-        return _Packed(region, x.shape, x.stride(), path, source)
+        return _Packed(region, x.shape, x.stride(), path, x.device.type == "cpu", source)
 
     def _make_region(self, flat: Tensor, format: str) -> Region | None:
         if format in BITS:
             self._drawn += 1
             keys = derive_keys(self.keeper.seed, self._drawn, self.number)
-            return _Rounded(pack_groups(flat, BITS[format], keys), flat.dtype)
+            return _Rounded(pack_groups(flat, BITS[format], keys, self._arena.allocate), flat.dtype)
         if format == "bf16":
-            return _Cast(flat.to(torch.bfloat16), flat.dtype)
+            return _Cast(self._cast(flat, torch.bfloat16), flat.dtype)
         if format == "bits":
-            return _TwoValued(pack_bits(flat), flat.numel(), None)
+            return _TwoValued(pack_bits(flat, self._arena.allocate), flat.numel(), None)
         if format == "positive":
-            return _TwoValued(pack_bits(flat > 0), flat.numel(), (flat.new_zeros(()), flat.new_ones(())))
+            return _TwoValued(
+                pack_bits(flat > 0, self._arena.allocate), flat.numel(), (flat.new_zeros(()), flat.new_ones(()))
+            )
         if format == "integers":
-            narrow = _narrow_integers(flat)
-            return None if narrow is None else _Cast(narrow, flat.dtype)
+            dtype = _find_narrowest(flat)
+            return None if dtype is None else _Cast(self._cast(flat, dtype), flat.dtype)
         values = _find_two_values(flat)
         if values is None:
             return None
-        return _TwoValued(pack_bits(flat == values[1]), flat.numel(), (values[0].clone(), values[1].clone()))
+        codes = pack_bits(flat == values[1], self._arena.allocate)
+        return _TwoValued(codes, flat.numel(), (values[0].clone(), values[1].clone()))
+
+    def _cast(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        if flat.device.type != "cpu":
+            return flat.to(dtype)
+        return self._arena.allocate(flat.numel() * dtype.itemsize).view(dtype).copy_(flat)
 
     def _keep_whole(self, x: Tensor, path: str, why: str) -> _Whole:
         tally = self._tally(path, "", why)
@@ -336,25 +376,6 @@ class _Pass:
             exact = flat.to(torch.float32)
             tally.signal += float(exact.square().sum())
             tally.noise += float((region.restore().to(torch.float32) - exact).square().sum())
-
-
-def _unpack(saved: _Packed | _Whole) -> Tensor:
-    """The tensor that autograd gets back. Raises RuntimeError as torch does, UnsupportedError for second derivatives."""
-    if isinstance(saved, _Whole):
-        if saved.tensor._version != saved.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{saved.tensor.type()} {list(saved.tensor.shape)}] is at version {saved.tensor._version}; expected version "
-                f"{saved.version} instead"
-            )
-        return saved.tensor
-    if torch.is_grad_enabled() and not isinstance(saved.region, _TwoValued) and saved.region.dtype.is_floating_point:
-        raise UnsupportedError(
-            f"second derivatives through module '{saved.path}': it keeps its activations rounded, so they would not be those "
-            'of the first ones; give the modules that create_graph=True goes through the saved format ""'
-        )
-    with torch.no_grad():
-        return saved.region.restore().as_strided(saved.shape, saved.strides)
 
 
 @dataclass
@@ -383,6 +404,7 @@ class Keeper:
     seed: int = 0
     passes: int = 0  # forward passes so far; save and restore it for a run that goes on bit for bit
     records: tuple[SavedRecord, ...] = field(default=(), init=False)  # of the last pass
+    trimmer: HeapTrimmer = field(default_factory=HeapTrimmer, init=False, repr=False)
 
     def __post_init__(self) -> None:
         modules = dict(self.model.named_modules())
@@ -404,7 +426,7 @@ class Keeper:
         with ExitStack() as stack:
             if any(self.table.values()):
                 self._follow(here, stack)
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(here.pack, _unpack))
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(here.pack, here.unpack))
             yield
         self.records = _make_records(here.tallies)
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,6 @@ from halfstep.numerics.packing import (
     BITS,
     GROUP,
     Groups,
-    make_groups,
     pack_bits_slowly,
     pack_groups_slowly,
     unpack_bits_slowly,
@@ -42,6 +42,7 @@ FLAGS = (
 )  # contraction would round once where the truth rounds twice
 TRIES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 NATIVE = (torch.float32, torch.bfloat16)
+Allocate = Callable[[int], Tensor]  # bytes -> [bytes] uint8 on the processor
 
 _POINTER, _INT, _COUNT, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 _ARGUMENTS = {
@@ -138,8 +139,13 @@ def _agrees(functions: ctypes.CDLL) -> bool:
     return True
 
 
-def pack_groups(x: Tensor, bits: int, keys: tuple[int, int]) -> Groups:
-    """`pack_groups_slowly`, by a kernel where there is one.
+def make_buffer(count: int) -> Tensor:
+    """[count] uint8 from the heap."""
+    return torch.empty(count, dtype=torch.uint8)
+
+
+def pack_groups(x: Tensor, bits: int, keys: tuple[int, int], allocate: Allocate = make_buffer) -> Groups:
+    """`pack_groups_slowly`, by a kernel where there is one, into buffers from `allocate`.
 
     Examples:
         >>> x = torch.linspace(0, 1, 1000)
@@ -149,7 +155,7 @@ def pack_groups(x: Tensor, bits: int, keys: tuple[int, int]) -> Groups:
     functions = _find_functions(x)
     if functions is None or x.dtype not in NATIVE:
         return pack_groups_slowly(x, bits, keys)
-    return _pack_groups(functions, x, bits, keys)
+    return _pack_groups(functions, x, bits, keys, allocate)
 
 
 def unpack_groups(groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -160,12 +166,12 @@ def unpack_groups(groups: Groups, dtype: torch.dtype) -> Tensor:
     return _unpack_groups(functions, groups, dtype)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """`pack_bits_slowly`, by a kernel where there is one."""
+def pack_bits(mask: Tensor, allocate: Allocate = make_buffer) -> Tensor:
+    """`pack_bits_slowly`, by a kernel where there is one, into a buffer from `allocate`."""
     functions = _find_functions(mask)
     if functions is None:
         return pack_bits_slowly(mask)
-    codes = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
+    codes = allocate(-(-mask.numel() // 8))
     functions.pack_bits(mask.data_ptr(), mask.numel(), codes.data_ptr())
     return codes
 
@@ -184,12 +190,13 @@ def _find_functions(x: Tensor) -> ctypes.CDLL | None:
     return load_library().functions if x.device.type == "cpu" and x.is_contiguous() else None
 
 
-def _pack_groups(functions: ctypes.CDLL, x: Tensor, bits: int, keys: tuple[int, int]) -> Groups:
-    groups, wide = make_groups(x.numel(), bits, x.device), int(x.dtype is torch.float32)
-    functions.pack_groups(
-        x.data_ptr(), wide, groups.count, bits, *keys, groups.codes.data_ptr(), groups.scales.data_ptr()
-    )
-    return groups
+def _pack_groups(
+    functions: ctypes.CDLL, x: Tensor, bits: int, keys: tuple[int, int], allocate: Allocate = make_buffer
+) -> Groups:
+    rows, wide = -(-x.numel() // GROUP), int(x.dtype is torch.float32)
+    codes, scales = allocate(rows * GROUP * bits // 8), allocate(8 * rows).view(torch.float32).view(rows, 2)
+    functions.pack_groups(x.data_ptr(), wide, x.numel(), bits, *keys, codes.data_ptr(), scales.data_ptr())
+    return Groups(codes, scales, x.numel(), bits)
 
 
 def _unpack_groups(functions: ctypes.CDLL, groups: Groups, dtype: torch.dtype) -> Tensor:

@@ -45,13 +45,6 @@ class Groups:
         return self.codes.nbytes + self.scales.nbytes
 
 
-def make_groups(count: int, bits: int, device: torch.device) -> Groups:
-    """Room for `count` numbers."""
-    groups = -(-count // GROUP)
-    codes = torch.empty(groups * GROUP * bits // 8, dtype=torch.uint8, device=device)
-    return Groups(codes, torch.empty(groups, 2, device=device), count, bits)
-
-
 def pack_groups_slowly(x: Tensor, bits: int, keys: tuple[int, int]) -> Groups:
     """[n] fp32, bf16 or fp16 -> groups, with the noise of the keys (`noise.derive_keys`).
 
