@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halfstep.machine.hardware import name_machine
 from halfstep.numerics import attention, convolution, lookup, multiplication, recurrence
 from halfstep.numerics.casting import ScaledTensor, measure_error
 from halfstep.numerics.products import Operand, Product, Products, quantize_operand
@@ -206,7 +208,10 @@ def write_table(rows: list[Row]) -> str:
 def main() -> None:
     """Print the table and write the numbers."""
     rows = measure()
-    result = {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    result = {
+        "command": "python benchmarks/sqnr.py", "date": date.today().isoformat(), "machine": name_machine(),
+        "torch": torch.__version__, "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
     path = Path(__file__).parent / "results" / "sqnr.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(write_table(rows))

@@ -1,4 +1,5 @@
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -24,6 +25,13 @@ def test_the_command_line_page_is_what_the_commands_say() -> None:
     write = runpy.run_path(str(ROOT / "tools" / "write_cli_docs.py"))
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert page == write["describe_commands"](), "run: python tools/write_cli_docs.py"
+
+
+def test_the_noise_table_is_what_was_measured() -> None:
+    measure = runpy.run_path(str(ROOT / "benchmarks" / "sqnr.py"))
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sqnr.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "eight-bits.md").read_text(encoding="utf-8")
+    assert measure["write_table"]([measure["Row"](**row) for row in rows]).strip() in page
 
 
 def test_the_formats_page_and_its_figures_are_what_the_table_says() -> None:
