@@ -423,6 +423,7 @@ class Recording:
     def __init__(self, *functions: Callable[..., Any]) -> None:
         self.calls: list[str] = []
         self.formats: set[torch.dtype] = set()
+        self.autocast: set[torch.dtype | None] = set()  # that they were called under
         self.replacements = {function: partial(self.call, function) for function in functions}
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -430,7 +431,7 @@ class Recording:
         self.formats |= {
             v.dtype for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.is_floating_point()
         }
-        assert torch.is_autocast_enabled("cpu")
+        self.autocast.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return function(*args, **kwargs)
 
 
@@ -441,6 +442,7 @@ def test_one_spelling_replaces_them_all(key: Callable[..., Any]) -> None:
         results = [x @ x, x.matmul(x), torch.matmul(x, x)]
     assert len(recording.calls) == 3
     assert recording.formats == {FP32}, "as they are"
+    assert recording.autocast == {BF16}
     assert {y.dtype for y in results} == {BF16}
 
 
@@ -510,7 +512,8 @@ def test_a_replacement_may_enter_a_mode_of_its_own() -> None:
         assert nn.Linear(4, 4)(torch.randn(2, 4)).dtype is FP16
         assert multiply() is BF16
     assert recording.calls == ["matmul"]
-    assert recording.formats == {FP16}
+    assert recording.formats == {FP32}
+    assert recording.autocast == {FP16}
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
@@ -526,6 +529,7 @@ def test_replacements_are_those_of_the_innermost_block_alone(compute: str) -> No
         with OperatorMode("bf16", "cpu"):
             multiply()
     assert (len(outer.calls), len(inner.calls)) == (1, 1)
+    assert outer.autocast == {BF16 if compute == "bf16" else None}
 
 
 # --- the backward pass
