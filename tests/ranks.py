@@ -118,10 +118,23 @@ def no_sync(*, mode: str) -> Result:
     return {"weights": copy_weights(model), "outcomes": outcomes}
 
 
+class Seeing(LBFGS):
+    """Notes the losses that it is told."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        def note() -> float:
+            self.seen.append(closure())
+            return self.seen[-1]
+
+        self.seen: list[float] = getattr(self, "seen", [])
+        return super().step(note)
+
+
 def lbfgs(*, mode: str, how: str, bad: int) -> Result:
     """The line search looks at losses; evaluation number `bad` is not finite on one rank."""
     model, ((x, y),) = make_mlp(), make_batches(1)
-    stepper = prepare(model, LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe"), mode)
+    optimizer = Seeing(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    stepper = prepare(model, optimizer, mode)
     call, outcomes, calls = wrap(model, how), [], 0
 
     def closure() -> Tensor:
@@ -131,7 +144,7 @@ def lbfgs(*, mode: str, how: str, bad: int) -> Result:
 
     for _ in range(4):
         outcomes.append(describe(stepper.step(closure=closure)))
-    return {"weights": copy_weights(model), "outcomes": outcomes, "calls": calls}
+    return {"weights": copy_weights(model), "outcomes": outcomes, "calls": calls, "seen": optimizer.seen}
 
 
 class OwnSGD(SGD):
@@ -167,6 +180,21 @@ def scaler(*, how: str, torchs: bool, fused: bool, bad: list[int]) -> Result:
         scaler.update()
         scales.append(scaler.get_scale())
     return {"weights": copy_weights(model), "scales": scales}
+
+
+def scaler_without_gradients() -> Result:
+    """The second rank has none in its second step, and one that is not finite in its third."""
+    model, scales = make_mlp(), []
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), GradScaler("cpu", 2.0**10)
+    for number, (x, y) in enumerate(make_batches(4)):
+        optimizer.zero_grad()
+        scaler.scale(F.mse_loss(model(x), y) * (math.inf if RANK == 1 and number == 2 else 1.0)).backward()
+        if RANK == 1 and number == 1:
+            optimizer.zero_grad()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return {"scales": scales, "applied": scaler.get_outcome().step}
 
 
 def scaler_closure() -> Result:
@@ -219,7 +247,8 @@ def not_averaged() -> Result:
     try:
         take_steps(stepper, model, make_batches(1), {})
     except ValueError as error:
-        return {"refused": str(error), "weights": copy_weights(model), "before": before}
+        dropped = stepper.flush() is None and all(p.grad is None for p in model.parameters())
+        return {"refused": str(error), "weights": copy_weights(model), "before": before, "dropped": dropped}
     return {}
 
 

@@ -152,6 +152,7 @@ def test_lbfgs_searches_along_the_mean_loss_and_one_bad_evaluation_undoes_the_st
 ) -> None:
     run = assert_alike(play("lbfgs", mode=mode, how=how, bad=bad))
     assert [outcome[0] for outcome in run["outcomes"]] == ["skipped" if bad else "applied"] + ["applied"] * 3
+    assert len(run["seen"]) >= 8
 
 
 @pytest.mark.parametrize(("mode", "how"), [("bf16-mixed", "ddp"), (SPLIT, "by hand")])
@@ -173,6 +174,12 @@ def test_scalers_of_all_ranks_skip_together(play: Play, how: str, fused: bool) -
     run = assert_alike(play("scaler", how=how, torchs=False, fused=fused, bad=[3, 11]))
     assert run["scales"] == [2.0**10] * 3 + [2.0**9] * 8 + [2.0**8] * 9
     assert all(bool(torch.isfinite(value).all()) for value in run["weights"].values())
+
+
+def test_scaler_of_a_rank_without_gradients_keeps_nobody_waiting(play: Play) -> None:
+    first, second = play("scaler_without_gradients")
+    assert first["scales"] == second["scales"] == [2.0**10, 2.0**10, 2.0**9, 2.0**9]
+    assert (first["applied"], second["applied"]) == (3, 2)
 
 
 def test_scalers_that_do_not_agree_would_be_seen(play: Play) -> None:
@@ -202,6 +209,7 @@ def test_gradients_that_were_not_averaged_are_refused_before_weights_part(play: 
     for result in play("not_averaged"):
         assert result["refused"].startswith("the gradients of the ranks differ: their norm is ")
         assert_same(result["weights"], result["before"])
+        assert result["dropped"]
 
 
 def test_micro_batches_of_16_bit_weights_that_were_not_averaged_are_refused(play: Play) -> None:
@@ -251,7 +259,7 @@ def test_finding_nearest_to_its_origin_is_the_one_that_all_report() -> None:
 
 
 def test_norms_that_differ_by_the_rounding_of_a_sum_are_equal_and_others_are_not() -> None:
-    assert agree_on_finding(Finding(norm=1.0), Told(Finding(norm=1.0 + 1e-6)), CPU).norm == pytest.approx(1.0 + 1e-6)
+    assert agree_on_finding(Finding(norm=1.0), Told(Finding(norm=1.0 + 2.0**-20)), CPU).norm == 1.0 + 2.0**-20
     assert agree_on_finding(Finding(norm=1e30), Told(Finding(norm=1e30)), CPU).norm == 1e30
     with pytest.raises(ModelError, match=r"their norm is 1 here and goes from 1 to 1.01;"):
         agree_on_finding(Finding(norm=1.0), Told(Finding(norm=1.01)), CPU)

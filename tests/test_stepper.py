@@ -1307,6 +1307,34 @@ def test_one_bad_evaluation_undoes_the_whole_step(mode: str, bad: int) -> None:
     assert stepper.step(closure=lambda: F.mse_loss(stepper.model(x).float(), y)).applied
 
 
+class Again(SGD):
+    """Evaluates its closure twice and keeps the second gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        loss = closure()
+        super().step()
+        return loss
+
+
+def test_bad_evaluation_before_a_good_one_undoes_the_step_too() -> None:
+    model, (x, y), calls = make_mlp(), make_regression_batches(1)[0], itertools.count(1)
+    stepper, before = prepare(model, Again(model.parameters(), lr=0.1), "32-true"), copy_weights(model)
+    assert stepper.step(closure=lambda: F.mse_loss(model(x), y * (math.nan if next(calls) == 1 else 1.0))).skipped
+    assert next(calls) == 2
+    assert_same(copy_weights(model), before)
+
+
+@pytest.mark.parametrize("mode", ["32-true", SPLIT])
+def test_gradients_of_a_closure_are_clipped(mode: str) -> None:
+    model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+    stepper, before = prepare(model, Again(model.parameters(), lr=1.0), mode, clip=1e-3), copy_weights(model)
+    outcome = stepper.step(closure=lambda: F.mse_loss(stepper.model(x).float(), y))
+    assert outcome.gradient_norm is not None and outcome.gradient_norm > 0.01
+    moved = [copy_weights(model)[name] - weight for name, weight in before.items()]
+    assert math.hypot(*(float(way.norm()) for way in moved)) == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_error_inside_a_closure_undoes_the_step_and_is_raised() -> None:
     model = make_mlp()
     stepper = prepare(model, LBFGS(model.parameters()), SPLIT)

@@ -772,6 +772,20 @@ class LoadingTask(TinyTask):
         return super().make_batch(int(next(self.loader)) if step else 0)
 
 
+def test_folder_is_left_to_others_by_a_run_that_is_refused_there(tmp_path: Path) -> None:
+    whole = begin(open_run(tmp_path / "run"))
+    second = open_run(tmp_path / "run")
+    with pytest.raises(RecordError, match="in use by another process"):
+        second.resume()
+    whole.close()
+    with pytest.raises(RecordError, match="holds a run already"):
+        begin(second)
+    third = open_run(tmp_path / "run")
+    third.resume()
+    drive(third)
+    open_run(tmp_path / "run").resume()
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_data_worker_that_dies_is_recorded_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     whole = begin(open_run(tmp_path / "whole"))

@@ -30,8 +30,7 @@ def agree_on_finding(finding: Finding, ranks: Ranks, device: torch.device) -> Fi
     """
     if ranks.size == 1:
         return finding
-    norm = 0.0 if finding.cause else finding.norm
-    seen = torch.tensor([float(bool(finding.cause)), norm, -norm], dtype=torch.float64, device=device)
+    seen = torch.tensor([float(bool(finding.cause)), finding.norm, -finding.norm], dtype=torch.float64, device=device)
     failed, largest, negated = ranks.maximize(seen).tolist()
     if failed:
         return _find_origin(ranks.gather(finding))
