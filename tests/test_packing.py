@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from halfstep.numerics import kernels, packing
+from halfstep.numerics.noise import derive_keys
 from halfstep.numerics.packing import GROUP, Groups
-from halfstep.numerics.rounding import derive_keys
 from helpers import bits, seeded
 
 KEYS = (2**32 - 3, 12345)  # the pair counter wraps within the first group
