@@ -516,6 +516,14 @@ def test_scaled_products_behind_bf16_weights_with_an_exact_master() -> None:
             "module '0': output=int8",
         ),
         ("path=0 compute=e8m0\ncompute=bf16", "module '0': products take"),
+        (
+            "path=0 saved=fp8_e4m3\ncompute=bf16",
+            "module '0': saved=fp8_e4m3 cannot be honoured; activations are saved in fp32",
+        ),
+        (
+            "loss_scale=layer products=emulated\npath=0 compute=fp16 cast=unit\ncompute=fp32",
+            "module '0': loss_scale=layer",
+        ),
     ],
 )
 def test_scaled_products_that_cannot_be_are_refused(text: str, message: str) -> None:
@@ -601,3 +609,36 @@ def test_audit_names_what_is_emulated_and_what_emulates_it() -> None:
     assert set(audit.computed["0"]) == {"fp8_e4m3 emulated in bf16"}
     assert set(audit.computed["1"]) <= {"int8", "int8 emulated in fp32"}
     assert set(audit.computed["2"]) == {"bf16"}
+
+
+def test_blocks_are_refused_for_convolutions_before_anything_runs() -> None:
+    with pytest.raises(UnsupportedError, match="module '0': convolutions take scaling=tensor"):
+        convert(nn.Sequential(nn.Conv2d(3, 4, 3)), Plan.parse("path=0 compute=mxfp8_e4m3\ncompute=bf16"))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,oi->bo", x, self.weight)
+
+    with pytest.raises(UnsupportedError, match="module '0' is a Scaled"):
+        convert(nn.Sequential(Scaled(4, 4)), Plan.parse("path=0 compute=int8\ncompute=bf16"))
+
+
+def test_a_model_that_is_one_scaled_layer_has_bf16_around_it() -> None:
+    model = nn.Linear(8, 8)
+    with convert(model, Plan.parse("compute=fp8_e4m3 grad=fp8_e5m2")) as conversion, conversion.autocast():
+        y = model(torch.randn(4, 8))
+        assert y.dtype == torch.bfloat16
+        assert (y.float() @ torch.ones(8, 1)).dtype == torch.bfloat16
+
+
+def test_emulation_leaves_embeddings_to_torch() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    results = []
+    for products in ("native", "emulated"):
+        plan = Plan.parse(f"products={products}\ncompute=fp16")
+        with convert(model, plan) as conversion, conversion.autocast():
+            results.append(model[0](torch.arange(5)))
+    assert results[0].dtype == results[1].dtype
+    assert torch.equal(*results)

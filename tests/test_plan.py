@@ -500,3 +500,15 @@ def test_8_bit_presets_keep_the_ends_in_16_bits_and_say_why() -> None:
         for end in ("embed", "head"):
             assert table[end].compute == "bf16"
             assert table[end].why
+
+
+def test_formats_of_products_end_with_the_rule_that_decides_compute() -> None:
+    rules = (
+        Rule(path="head", grad_weight="bf16"),
+        Rule(path="head", compute="fp32", why="by hand"),
+        Rule(kind="linear", compute="fp8_e4m3", grad="fp8_e5m2", scaling="row"),
+    )
+    table = Plan(rules=rules).resolve(MODEL).table
+    assert (table["head"].compute, table["head"].grad, table["head"].scaling) == ("fp32", "", "tensor")
+    assert table["head"].grad_weight == "bf16"
+    assert (table["blocks.0.mlp.up"].grad, table["blocks.0.mlp.up"].scaling) == ("fp8_e5m2", "row")

@@ -23,7 +23,14 @@ def test_rehearsal_is_an_emulated_plan_of_its_name_that_comes_back(name: str) ->
 def test_rehearsal_computes_inner_layers_in_the_formats_of_its_hardware(name: str) -> None:
     table = find_rehearsal(name).plan.resolve(MODEL).table
     family = name.split("-")[0]
-    assert {table[path].compute.split("_")[0] for path in "abc"} == {family}
+    assert {table[path].compute.split("_")[0] for path in "ac"} == {family}
+
+
+def test_convolutions_stay_in_bf16_where_operands_are_scaled_in_blocks() -> None:
+    for name, rehearsal in REHEARSALS.items():
+        settings = rehearsal.plan.resolve(MODEL).table["b"]
+        blocks = name.startswith(("mx", "nv")) or name.endswith("blocks")
+        assert (settings.compute == "bf16") == blocks
 
 
 def test_only_the_scaled_formats_keep_the_ends_wider() -> None:

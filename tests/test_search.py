@@ -156,7 +156,7 @@ def test_repair_takes_the_worst_layers_until_the_rest_is_small_beside_the_noise(
     assert repaired.rules[2:] == plan.rules
     assert "0.5 of itself" in repaired.rules[0].why
     settings = settings_of(repaired, z="linear", b="linear", a="linear", y="linear")
-    assert (settings["b"].compute, settings["b"].grad, settings["b"].grad_weight) == ("bf16",) * 3
+    assert (settings["b"].compute, settings["b"].grad, settings["b"].grad_weight) == ("bf16", "", "")
     assert settings["a"].compute == "fp8_e4m3"
 
 
@@ -164,6 +164,11 @@ def test_repair_leaves_a_plan_that_does_little_harm() -> None:
     plan = Plan.preset("fp8-mixed")
     assert repair_plan(plan, [harm_of("a", 0.02), harm_of("b", 0.07)]) is plan
     assert repair_plan(plan, []) is plan
+
+
+@pytest.mark.parametrize(("compute", "wide"), [("tf32", "fp32"), ("fp16", "fp32"), ("int8", "bf16"), ("nvfp4", "bf16")])
+def test_repair_widens(compute: str, wide: str) -> None:
+    assert repair_plan(Plan(), [harm_of("a", 0.5, compute)]).rules[0].compute == wide
 
 
 @pytest.mark.parametrize("error", [float("inf"), float("nan")])

@@ -20,6 +20,7 @@ from halfstep import stepper as stepper_module
 from halfstep.checkpoint import change_plan, pack, unpack
 from halfstep.control.sensitivity import Choice
 from halfstep.conversion import convert
+from halfstep.distributed import Alone
 from halfstep.errors import FormatError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
 from halfstep.mechanisms.optimizer_states import Quantized
@@ -760,7 +761,7 @@ def test_state_round_trip_with_every_field_away_from_its_default() -> None:
             "actions": 1,
         },
         "masters": {"seed": 7, "steps": 6},
-        "products": {},
+        "amaxes": {},
         "applied": 5,
         "skipped": 3,
         "micro": 0,
@@ -2115,13 +2116,8 @@ def test_delayed_scaling_forgets_a_skipped_step_and_does_not_learn_from_evaluati
                     assert stepper.step((model(1000 * x) * math.inf).sum()).skipped
             with stepper.autocast():
                 assert stepper.step((model(x) - 1).square().mean()).applied
-        histories = stepper.state_dict()["products"]["0"]
-        runs.append({**stepper.model.state_dict(), **{k: v["amaxes"] for k, v in histories.items() if k != "draws"}})
-        assert "_halfstep_amaxes" not in ".".join(model.state_dict())
-        assert not dict(copy.deepcopy(model).named_buffers())
-        stepper.restore()
-        assert not dict(model.named_buffers())
-    assert runs[0]["gradient"].count_nonzero() == len(batches)
+        runs.append({**stepper.model.state_dict(), "amaxes": stepper.state_dict()["amaxes"]["0"]})
+    assert runs[0]["amaxes"].count_nonzero(dim=1).tolist() == [len(batches)] * 3
     assert_same(*runs)
 
 
@@ -2183,3 +2179,116 @@ def test_the_noise_of_saved_activations_does_not_count_evaluations_and_skipped_s
                 assert stepper.step((model(x) - 1).square().mean()).applied
         states.append(model.state_dict())
     assert_same(*states)
+
+
+DELAYED = "path=0 compute=fp8_e4m3 grad=fp8_e5m2 scaling=delayed\ncompute=fp32"
+
+
+def make_delayed(accumulate: int = 1, **options: Any) -> Stepper:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    return prepare(model, SGD(model.parameters(), lr=0.1), Plan.parse(DELAYED), accumulate=accumulate, **options)
+
+
+def step_once(stepper: Stepper, x: Tensor) -> StepOutcome:
+    with stepper.autocast():
+        loss = stepper.model(x).square().mean()
+    return stepper.step(loss)
+
+
+def test_a_pass_without_gradients_between_forward_and_backward_leaves_the_histories_on() -> None:
+    stepper, x = make_delayed(), torch.randn(8, 4)
+    for _ in range(3):
+        with stepper.autocast():
+            loss = stepper.model(x).square().mean()
+        with torch.no_grad(), stepper.autocast():
+            stepper.model(x)
+        stepper.step(loss)
+    assert stepper.state_dict()["amaxes"]["0"].count_nonzero(dim=1).tolist() == [3, 3, 3]
+
+
+def test_histories_survive_a_plan_that_is_refused_and_one_that_keeps_their_layer() -> None:
+    stepper = make_delayed()
+    step_once(stepper, torch.randn(8, 4))
+    before = stepper.state_dict()["amaxes"]
+    with pytest.raises(PlanError):
+        stepper.adopt(Plan.parse("path=nowhere compute=bf16\ncompute=fp32"))
+    assert_same(stepper.state_dict()["amaxes"], before)
+    stepper.adopt(Plan.parse(f"path=2 compute=bf16\n{DELAYED}"))
+    assert_same(stepper.state_dict()["amaxes"], before)
+
+
+def test_another_plan_inside_a_window_leaves_the_buffers_of_the_model_alone() -> None:
+    stepper = make_delayed(accumulate=2)
+    step_once(stepper, torch.randn(8, 4))
+    shapes = {name: b.shape for name, b in stepper.model.named_buffers()}
+    stepper.adopt(Plan.parse("path=2 compute=fp8_e4m3 scaling=delayed\ncompute=fp32"))
+    with stepper.autocast():
+        loss = (stepper.model(torch.randn(8, 4)) * math.inf).sum()
+    assert stepper.step(loss).skipped
+    assert {name: b.shape for name, b in stepper.model.named_buffers()} == shapes
+    assert stepper.state_dict()["amaxes"]["2"].count_nonzero() == 0, "the skipped step is forgotten"
+
+
+def test_histories_go_along_with_averages_and_roll_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    average = AveragedModel(model, use_buffers=True)
+    plan = replace(Plan.parse(DELAYED), recovery="roll-back")
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), plan, averages=average)
+    stepper.recovery_rule = replace(stepper.recovery_rule, every=1, patience=1)
+    for _ in range(3):
+        assert step_once(stepper, torch.randn(8, 4)).applied
+    with stepper.autocast():
+        loss = (stepper.model(torch.randn(8, 4)) * math.inf).sum()
+    assert stepper.step(loss).recovery.startswith("roll-back")
+    assert stepper.state_dict()["amaxes"]["0"].count_nonzero(dim=1).tolist() == [2, 2, 2]
+
+
+class PairedRanks(Alone):
+    """Beside a rank whose numbers are always 100."""
+
+    size = 2
+
+    def maximize(self, numbers: Tensor) -> Tensor:
+        return numbers.clamp_min(100.0) if numbers.dim() == 3 else numbers
+
+
+def test_ranks_agree_on_histories_at_every_update() -> None:
+    stepper = make_delayed(ranks=PairedRanks())
+    step_once(stepper, torch.randn(8, 4))
+    assert stepper.state_dict()["amaxes"]["0"].min() == 100.0
+
+
+def test_evaluation_with_other_weights_leaves_nothing_in_the_shared_copies() -> None:
+    losses = []
+    for swapped in (False, True):
+        with seeded(1):
+            model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1)), torch.randn(8, 16)
+        plan, weight = Plan.parse("path=0 compute=int8\ncompute=fp32"), model[0].get_parameter("weight")
+        stepper = prepare(model, AdamW(model.parameters()), plan, accumulate=2)
+        if swapped:
+            original = weight.data.clone()
+            weight.data.copy_(torch.full_like(original, 3.0))
+            with torch.no_grad(), stepper.autocast():
+                model(x)
+            weight.data.copy_(original)
+            with torch.inference_mode(), stepper.autocast():
+                model(x)
+        with stepper.autocast():
+            losses.append(model(x).square().mean())
+    assert torch.equal(*losses)
+
+
+def test_widening_a_layer_widens_its_gradient_too() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), replace(Plan.preset("fp8-mixed"), recovery="widen"))
+    stepper.recovery_rule = replace(stepper.recovery_rule, patience=1)
+    handle = model[1].register_forward_hook(lambda _m, _a, y: y * math.inf)
+    with stepper.autocast():
+        loss = model(torch.randn(4, 8)).square().mean()
+    outcome = stepper.step(loss)
+    handle.remove()
+    assert "now in fp32: 1" in outcome.recovery
+    with stepper.conversion.audit() as audit, stepper.autocast():
+        loss = model(torch.randn(4, 8)).square().mean()
+    assert set(audit.computed["1"]) == {"fp32"}
+    assert stepper.step(loss).applied

@@ -389,7 +389,9 @@ def compare(
         arms = "fp32,halfstep"
     names = [name.strip() for name in arms.split(",")]
     require_arms(names)
-    _require_writable(json, page)
+    if rehearsal and "halfstep" not in names:
+        raise RecipeError(f"--rehearse is for the arm 'halfstep'; got --arms {arms}; add it")
+    _require_writable(json, page, repaired if rehearsal else None)
     loaded = _load(recipe, overrides, precision=rehearse, steps=steps, data=data, recovery=recovery)
     task = loaded.build_task()
 

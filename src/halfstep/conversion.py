@@ -35,9 +35,15 @@ from halfstep.mechanisms.layers import (
 )
 from halfstep.mechanisms.master_weights import WAYS, MasterWeights
 from halfstep.mechanisms.operators import OperatorMode
-from halfstep.mechanisms.replacements import REPLACEABLE, can_be_replaced, read_products, replace_functions
+from halfstep.mechanisms.replacements import (
+    REPLACEABLE,
+    can_be_replaced,
+    read_products,
+    replace_functions,
+    require_products,
+)
 from halfstep.numerics.formats import find_format
-from halfstep.numerics.products import ProductState, QuantizedWeights, drop_histories
+from halfstep.numerics.products import Histories, ProductState, QuantizedWeights
 from halfstep.plan import Plan, Resolution, Settings
 from halfstep.records import LayerRecord
 
@@ -59,10 +65,10 @@ class Conversion:
         self.masters = MasterWeights()
         self.products: dict[str, ProductState] = {}  # module path -> what its products keep from call to call
         self.quantized = QuantizedWeights()
-        saved = {path: settings.saved for path, settings in self.table.items()}
+        saved = {path: settings.saved.replace("fp32", "") for path, settings in self.table.items()}
         self.keeper = Keeper(model, saved) if any(saved.values()) else None
         self._undo = ExitStack()
-        self._around = self.table[""].compute if self.table[""].cast == "op" else "fp32"
+        self._around = _name_around(self.table[""]) if self.table[""].cast == "op" else "fp32"
         self.storage = self._agree_on_storage()
 
     def list_autocast_weights(self) -> set[nn.Parameter]:
@@ -122,9 +128,10 @@ class Conversion:
         for state in self.products.values():
             state.weights = self.quantized
 
-    def list_histories(self) -> dict[str, ProductState]:
-        """Of the modules with delayed scaling, by path: what a run that goes on bit for bit has to save."""
-        return {path: state for path, state in self.products.items() if self.table[path].scaling == "delayed"}
+    @property
+    def histories(self) -> Histories:
+        """Those of the modules with delayed scaling, which a run that goes on bit for bit has to save."""
+        return Histories({path: s for path, s in self.products.items() if self.table[path].scaling == "delayed"})
 
     def undo(self) -> None:
         """Give the model back as it was, with the weights it has now, in fp32. A second call does nothing."""
@@ -213,18 +220,12 @@ class Conversion:
 
     def _replaces_products(self, path: str, module: nn.Module) -> bool:
         """Whether a module's products are other than torch's own in its compute format."""
-        settings = self.table[path]
-        emulated = self.plan.products == "emulated" and settings.compute != "fp32" and can_be_replaced(module)
-        return emulated or has_formats_of_its_own(settings)
+        return replaces_products(self.plan, module, self.table[path])
 
     def _replace_products(self, path: str, module: nn.Module) -> None:
         """Between the products a module keeps to the format around it; so do its results."""
         settings, around = self.table[path], self._find_surroundings(path)
-        around = around if around in DTYPES else "bf16"
         state = self.products[path] = ProductState(number=len(self.products))
-        if settings.scaling == "delayed":
-            state.keep_in(module)
-            self._undo.callback(drop_histories, module)
         make_unit(module, ProductUnit, self.device_type, around, settings.output or around)
         functions = replace_functions(read_products(settings), state)
         module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions).opened
@@ -235,7 +236,7 @@ class Conversion:
         while path:
             path = path.rpartition(".")[0]
             if path and self.table[path].cast == "op":
-                return self.table[path].compute
+                return _name_around(self.table[path])
         return self._around
 
     def _keep_state_in_fp32(self, module: nn.Module) -> None:
@@ -298,6 +299,11 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
         _require_possible(path, module, resolution.table[path])
         if plan.loss_scale == "layer":
             _require_scalable(path, module, resolution.table[path])
+            if resolution.table[path].compute == "fp16" and replaces_products(plan, module, resolution.table[path]):
+                raise UnsupportedError(
+                    f"module '{path}': loss_scale=layer scales torch's own products, not emulated ones and those with formats "
+                    "of their own; use loss_scale=dynamic"
+                )
     device_type = next((p.device.type for p in model.parameters()), "cpu")
     return Conversion(model, plan, resolution, device_type)
 
@@ -324,14 +330,29 @@ def has_formats_of_its_own(settings: Settings) -> bool:
     return len(stated) > 1 or not stated <= DTYPES.keys()
 
 
+def replaces_products(plan: Plan, module: nn.Module, settings: Settings) -> bool:
+    """Whether a module's products are other than torch's own in its compute format.
+
+    A lookup multiplies nothing, so there is nothing to emulate in an embedding.
+    """
+    multiplies = can_be_replaced(module) and find_kind(module) != "embedding"
+    emulated = plan.products == "emulated" and settings.compute != "fp32" and multiplies
+    return emulated or has_formats_of_its_own(settings)
+
+
+def _name_around(settings: Settings) -> str:
+    """The format of what is not a product in a module: its compute format, where torch has that."""
+    return settings.compute if settings.compute in DTYPES else "bf16"
+
+
 def _require_possible(path: str, module: nn.Module, settings: Settings) -> None:
     where = f"module '{path}'" if path else "the model"
     for slot in ("storage", "output"):
         format = getattr(settings, slot)
         if format and format not in DTYPES:
             raise UnsupportedError(f"{where}: {slot}={format} cannot be honoured; allowed: {', '.join(DTYPES)}")
-    if settings.saved not in SAVED_FORMATS:
-        allowed = ", ".join(filter(None, SAVED_FORMATS))
+    if settings.saved not in (*SAVED_FORMATS, "fp32"):
+        allowed = ", ".join(["fp32 (as they are)", *filter(None, SAVED_FORMATS)])
         raise UnsupportedError(
             f"{where}: saved={settings.saved} cannot be honoured; activations are saved in {allowed}"
         )
@@ -342,8 +363,8 @@ def _require_possible(path: str, module: nn.Module, settings: Settings) -> None:
                 f"{', '.join(kind.__name__ for kind in REPLACEABLE)}; give it compute=bf16 grad=bf16"
             )
         try:
-            read_products(settings)
-        except FormatError as error:
+            require_products(module, read_products(settings))
+        except (FormatError, UnsupportedError) as error:
             raise UnsupportedError(f"{where}: {error}") from None
         if settings.scaling == "delayed" and find_kind(module) in ("attention", "recurrent"):
             raise UnsupportedError(

@@ -21,8 +21,10 @@ A plan is an ordered list of rules. A rule has keys (which modules it is for) an
                saved        format in which activations wait for the backward pass; left out: as they are
 
 For each setting of a module, the first rule that matches the module and states the setting decides; what no rule
-states is fp32, uncast. A rule that names a path and matches nothing is an error, because it is nearly always a typo.
-A rule that names only a kind or a position may match nothing: "all embeddings" is a policy, also for a model without any.
+states is fp32, uncast. `grad`, `grad_input`, `grad_weight` and `scaling` say more about `compute`: of them, nothing
+counts that stands behind the rule that decided it. A rule that names a path and matches nothing is an error, because it
+is nearly always a typo. A rule that names only a kind or a position may match nothing: "all embeddings" is a policy,
+also for a model without any.
 
 Formats are named by string, so the file can be read without torch. A plan has three written forms, all of which
 round-trip: text (`str(plan)`, one rule a line), TOML and JSON.
@@ -48,6 +50,7 @@ KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
 MASTERS = ("fp32", "split", "kahan", "split24", "stochastic", "none")
 POSITIONS = ("first", "last")
 CASTS = ("op", "unit")
+OF_PRODUCTS = ("grad", "grad_input", "grad_weight", "scaling")  # settings that say more about `compute`
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
 HEAD = ("name", "loss_scale", "states", "recovery", "products")  # keys of the plan itself
@@ -316,9 +319,10 @@ def _merge(rules: Iterable[Rule]) -> Settings:
     """What rules that match one module give it: for each setting the first that states it decides."""
     settings: dict[str, str] = {}
     for rule in rules:
+        done = OF_PRODUCTS if "compute" in settings else ()
         for slot in fields(Settings):
             value = getattr(rule, slot.name)
-            if value not in (None, ""):
+            if value not in (None, "") and slot.name not in done:
                 settings.setdefault(slot.name, value)
     return replace(Settings(), **settings)
 
@@ -388,11 +392,11 @@ def _scaled(compute: str, grad: str, **settings: str) -> Plan:
     The ends stay in 16 bits, as in every 8-bit recipe that is known to hold (DeepSeek-V3, arXiv 2412.19437, section
     3.3.1; torchao's and Transformer Engine's): they hold few of the multiplications and most of the harm.
     """
-    products, ends = {"compute": compute, "grad": grad, **settings}, {"compute": "bf16", "grad": "bf16"}
+    products = {"compute": compute, "grad": grad, **settings}
     return Plan(
         rules=(
-            Rule(position="first", **ends, why="reads the data: its errors reach every other layer"),
-            Rule(position="last", **ends, why="gives the result: its errors reach the loss unaveraged"),
+            Rule(position="first", compute="bf16", why="reads the data: its errors reach every other layer"),
+            Rule(position="last", compute="bf16", why="gives the result: its errors reach the loss unaveraged"),
             Rule(kind="linear", **products),
             Rule(kind="conv", **products),
             Rule(compute="bf16", storage="fp32", cast="op"),

@@ -13,6 +13,7 @@ Formats 1.0 (2023) and Mishra et al. 2025 (arXiv 2506.08027): MXFP8 in E4M3 thro
 from dataclasses import dataclass, replace
 
 from halfstep.errors import PlanError, describe_unknown
+from halfstep.numerics.formats import find_format
 from halfstep.plan import PRESETS, Plan, Rule
 
 
@@ -32,12 +33,11 @@ class Rehearsal:
 
 
 def _narrow(name: str, compute: str, grad: str, **settings: str) -> Plan:
-    """The 8-bit preset with other formats in its products."""
+    """The 8-bit preset with other formats in its products. Blocks are for linear layers: no convolution sums by them."""
     stated = {"compute": compute, "grad": grad, **settings}
-    rules = tuple(
-        Rule(kind=rule.kind, **stated) if rule.kind in ("linear", "conv") else rule
-        for rule in PRESETS["fp8-mixed"].rules
-    )
+    kinds = ("linear",) if find_format(compute).block or settings.get("scaling") == "128x128" else ("linear", "conv")
+    preset = PRESETS["fp8-mixed"].rules
+    rules = (*(r for r in preset if r.position), *(Rule(kind=kind, **stated) for kind in kinds), preset[-1])
     return Plan(rules=rules, name=name, products="emulated")
 
 

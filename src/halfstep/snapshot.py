@@ -2,7 +2,7 @@
 optimizer states and hyperparameters, schedules. In memory, on the device it came from; `checkpoint` is for the disk."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,7 @@ class Snapshot:
         self._states = [{p: _copy(state) for p, state in o.state.items()} for o in self._optimizers]
         self._groups = [[_copy_settings(group) for group in o.param_groups] for o in self._optimizers]
         self._schedules = [copy.deepcopy(s.state_dict()) for s in self._schedulers]
+        self.others: list[Callable[[], None]] = []  # put back what the owner of this snapshot has copied beside it
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -74,6 +75,8 @@ class Snapshot:
             else:
                 parameter.copy_(value)
         put_back_buffers(self.buffers)
+        for put_back in self.others:
+            put_back()
         for optimizer, states, groups in zip(self._optimizers, self._states, self._groups, strict=True):
             added = {
                 p: state for p, state in optimizer.state.items() if isinstance(p, Tensor) and p not in self._weights

@@ -173,6 +173,8 @@ class Stepper:
         with self._window.dropped_on_error():
             finding = self._agree(self._window.inspect(gradients, lift, self.conversion.autocast))
         if not finding.cause:
+            if self.ranks.size > 1:
+                self.conversion.histories.agree(self.ranks.maximize)
             self._rescue.keep_if_due(self.applied, self._take_snapshot)
             watch = self._stalls.is_due(self.applied + 1)
             try:
@@ -287,6 +289,8 @@ class Stepper:
     def _take_snapshot(self) -> Snapshot:
         snapshot = Snapshot(self.model, self.conversion.masters, self.optimizers, self.schedulers)
         snapshot.buffers.update(self._window.buffers)  # those in the model have seen this window's forward pass
+        histories = self.conversion.histories
+        snapshot.others.append(partial(histories.put_back, histories.copy() | self._window.amaxes))
         return snapshot
 
     def _recover(self, decision: Decision, finding: Finding) -> Decision:
@@ -348,10 +352,8 @@ class Stepper:
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
         self._in_force.adopt(plan)
         plan = self.plan
-        self._window.find_buffers()
+        self._window.histories = self.conversion.histories
         self._window.autocast_weights = self.conversion.list_autocast_weights()
-        if self.accumulate > 1:
-            self.conversion.share_quantized_weights()
         self._rescue.forget_state()
         self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
@@ -379,7 +381,7 @@ class Stepper:
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
-            "products": {path: state.state_dict() for path, state in self.conversion.list_histories().items()},
+            "amaxes": self.conversion.histories.copy(),
             "applied": self.applied,
             "skipped": self.skipped,
             "micro": self._window.micro,
@@ -411,8 +413,7 @@ class Stepper:
         self._scale = LossScale(**state["loss_scale"])
         self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
-        for path, products in state.get("products", {}).items():
-            self.conversion.list_histories()[path].load_state_dict(products)
+        self.conversion.histories.put_back(state.get("amaxes", {}))
         self.conversion.quantized.clear()
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)

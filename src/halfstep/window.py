@@ -23,6 +23,7 @@ from halfstep.control.monitor import find_first_nonfinite
 from halfstep.distributed import communicates, is_inside_wrapper
 from halfstep.errors import ModelError, PrecisionWarning
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly, take_values
+from halfstep.numerics.products import Histories
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
 
 NO_GRADIENT = "no parameter that the optimizer holds received a gradient"
@@ -49,7 +50,8 @@ class Window:
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self.model, self.optimizers = model, tuple(optimizers)
-        self.find_buffers()
+        self._owners = find_owners(model)
+        self.histories = Histories({})  # of the plan's delayed scales
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
         self.autocast_weights: set[nn.Parameter] = set()  # which autocast should bring to 16 bits
@@ -57,13 +59,10 @@ class Window:
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._empty()
 
-    def find_buffers(self) -> None:
-        """Look again which modules have buffers; a plan may have given them some."""
-        self._owners = find_owners(self.model)
-
     def _empty(self) -> None:
         self.micro = 0  # micro-batches that are in
         self.buffers: Buffers = {}  # as they were before the window
+        self.amaxes: dict[str, Tensor] = {}  # of the histories, likewise
         self._losses: list[Tensor] = []
         self._inputs: dict[int, tuple[Any, Any]] = {}  # micro-batch -> arguments of the model
         self._sums: dict[nn.Parameter, Tensor] = {}  # fp32 sums of 16-bit gradients
@@ -83,7 +82,7 @@ class Window:
     def note_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a forward pass, and before the first one of a window the buffers."""
         if not self._inputs:
-            self.buffers = copy_buffers(self._owners)
+            self.buffers, self.amaxes = copy_buffers(self._owners), self.histories.copy()
         self.is_wrapped = is_inside_wrapper()
         # detached: another network's graph may hang on them
         self._inputs[self.micro] = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
@@ -91,7 +90,7 @@ class Window:
     def forget_passes(self) -> None:
         """Forward passes that no backward pass has followed do not count any more: the model has been loaded since."""
         if not self.micro:
-            self.buffers, self._inputs = {}, {}
+            self.buffers, self.amaxes, self._inputs = {}, {}, {}
 
     def go_backward(self, loss: Tensor | None, factor: float) -> None:
         """Backward of loss * factor. An error on the way, as for lack of memory, drops the whole window."""
@@ -214,8 +213,9 @@ class Window:
         return f"{first}, whose {bad[0]} is not finite" if bad else first
 
     def put_back(self) -> None:
-        """Make the buffers what they were before the window."""
+        """Make buffers and histories what they were before the window."""
         put_back_buffers(self.buffers)
+        self.histories.put_back(self.amaxes)
 
     def clear(self) -> None:
         """Begin anew, without gradients."""
@@ -234,6 +234,7 @@ class Window:
             "sums": {i: self._sums[p].clone() for i, p in enumerate(self.held) if p in self._sums},
             "gradients": {i: p.grad.clone() for i, p in enumerate(self.held) if p.grad is not None},
             "buffers": [value.clone() for value in self.buffers.values()],
+            "amaxes": self.amaxes,
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, factor: float = 1.0) -> None:
@@ -250,6 +251,7 @@ class Window:
                 self._sums[held[i]] = lay_out_like(held[i], value, torch.float32) * factor
             else:
                 held[i].grad = lay_out_like(held[i], value, held[i].dtype) * factor
+        self.amaxes = self.histories.copy() | state.get("amaxes", {})  # a plan that came since may have some of its own
         if state["buffers"]:  # none are noted in evaluation mode
             places = copy_buffers(self._owners).items()
             pairs = zip(places, state["buffers"], strict=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from halfstep.errors import PlanError
+from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Rule
 from halfstep.records import HarmRecord
 
@@ -74,7 +75,7 @@ def _rule(cost: LayerCost, narrow: str, master: str) -> Rule:
 
 
 def repair_plan(plan: Plan, harms: Sequence[HarmRecord], *, share: float = 0.1) -> Plan:
-    """The plan with the most harmful layers in 16 bits (in fp32, where they are in 16 bits already).
+    """The plan with the most harmful layers in bf16 (in fp32, where they take 16 bits or more already).
 
     Layers are taken in the order of their harm until the errors of the others, added up as those of independent
     roundings, are at most `share` of the noise between batches: quantization that is small beside the noise of the
@@ -91,9 +92,9 @@ def repair_plan(plan: Plan, harms: Sequence[HarmRecord], *, share: float = 0.1) 
     rules = []
     while left and not sum(harm.error for harm in left) <= share * left[0].noise:
         worst = left.pop(0)
-        wide = "fp32" if worst.compute in ("bf16", "fp16") else "bf16"
+        wide = "bf16" if find_format(worst.compute).storage_bits < 16 else "fp32"
         why = f"in {worst.compute} it changes the gradient by {worst.error:.2g} of itself; batches do by {worst.noise:.2g}"
-        rules.append(Rule(path=worst.path, compute=wide, grad=wide, grad_input=wide, grad_weight=wide, why=why))
+        rules.append(Rule(path=worst.path, compute=wide, why=why))
     return replace(plan, rules=(*rules, *plan.rules)) if rules else plan
 
 

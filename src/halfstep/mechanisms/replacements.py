@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from halfstep.errors import UnsupportedError
 from halfstep.numerics import attention, convolution, lookup, multiplication, recurrence
 from halfstep.numerics.casting import Scaling
 from halfstep.numerics.formats import find_format
@@ -58,13 +59,26 @@ def _override(product: Product, format: str) -> Product:
 
 
 def can_be_replaced(module: nn.Module) -> bool:
-    """Whether all products that a module makes by itself are among those of `replace_functions`.
+    """Whether all products that a module makes by itself are among those of `replace_functions`; one with a forward of its
+    own might make others.
 
     Examples:
         >>> can_be_replaced(nn.GRU(2, 2)), can_be_replaced(nn.GRUCell(2, 2))
         (True, False)
     """
-    return isinstance(module, REPLACEABLE)
+    return isinstance(module, REPLACEABLE) and any(type(module).forward is kind.forward for kind in REPLACEABLE)
+
+
+def require_products(module: nn.Module, products: Products) -> None:
+    """Raises UnsupportedError for blocks where the module's products have no kernel that sums by them."""
+    operands = [o for p in (products.output, products.grad_input, products.grad_weight) for o in (p.left, p.right)]
+    blocks = [str(o.scaling) for o in operands if o.scaling.kind == "block"]
+    if blocks and isinstance(module, nn.modules.conv._ConvNd):
+        raise UnsupportedError(
+            f"convolutions take scaling=tensor, delayed or row; got blocks of {blocks[0]}; give them bf16"
+        )
+    if products.output.right.scaling.rows > 1 and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        raise UnsupportedError(f"embeddings take scales within a vector; got blocks of {products.output.right.scaling}")
 
 
 def replace_functions(products: Products, state: ProductState) -> Mapping[Function, Function]:

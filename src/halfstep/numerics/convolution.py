@@ -35,7 +35,10 @@ class _Convolve(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         sample, channel = _find_sums(x)
         over_in, over_out = (channel, sample) if options[3] else (sample, channel)  # of the weight's dimensions
-        xs, ws = Copies(x, state, "left"), Copies(weight, state, "right", state.weights if state else None)
+        xs, ws = (
+            Copies(x, state, "left"),
+            Copies(weight, state, "right", state.weights if state and state.is_training else None),
+        )
         operands = xs.take(products.output.left, sample), ws.take(products.output.right, over_in)
         with torch.autocast(x.device.type, enabled=False):
             a, w = expand_operands(*operands, dtype)

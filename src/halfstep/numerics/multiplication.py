@@ -146,7 +146,7 @@ def linear(
 
     Raises PlanError where `products` need a state and there is none, ModelError for tensors that are not floating point.
     """
-    return multiply_by_weight(x, weight, bias, products, state, state.weights if state else None)
+    return multiply_by_weight(x, weight, bias, products, state, state.weights if state and state.is_training else None)
 
 
 def multiply_by_weight(

@@ -28,12 +28,12 @@ An emulated product rounds what the format rounds and nothing else: its operands
 scale that is no power of two, within 2^-24), it sums in fp32, and its result is rounded once to the dtype that is asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halfstep.errors import FormatError, PlanError
@@ -46,8 +46,6 @@ from halfstep.numerics.rounding import round_to
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 """Operand formats without scales, and the dtype that their numbers are kept in."""
 WHOLE = Scaling(kind="tensor")
-
-HISTORIES = "_halfstep_amaxes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,16 +172,7 @@ class ProductState:
         self.histories = {role: AmaxHistory(window=window, margin=margin, reduce=reduce) for role in roles}
         self.reduce, self.seed, self.number, self.weights = reduce, seed, number, weights
         self.draws = 0
-        self.is_training = True  # False leaves the histories as they are, for evaluation between steps
-
-    def keep_in(self, module: nn.Module) -> None:
-        """Make the histories a buffer of a module, which its `state_dict()` leaves out: what copies and puts back buffers,
-        as for a step that is skipped, then does so with them."""
-        window = len(self.histories["left"].amaxes)
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        module.register_buffer(HISTORIES, torch.zeros(len(self.histories), window, device=device), persistent=False)
-        for history, row in zip(self.histories.values(), module.get_buffer(HISTORIES), strict=True):
-            history.amaxes = row
+        self.is_training = True  # False, for evaluation: a forward pass that histories and shared weights do not see
 
     def draw(self, x: Tensor) -> Tensor:
         """New noise of x's shape."""
@@ -201,10 +190,35 @@ class ProductState:
             history.load_state_dict(state[role])
 
 
-def drop_histories(module: nn.Module) -> None:
-    """The inverse of `ProductState.keep_in`."""
-    module._buffers.pop(HISTORIES, None)
-    module._non_persistent_buffers_set.discard(HISTORIES)
+class Histories:
+    """The amax histories of several places in a model, by path: copied, put back and agreed on together.
+
+    Examples:
+        >>> histories = Histories({"fc": ProductState(window=2)})
+        >>> before = histories.copy()
+        >>> _ = histories.states["fc"].histories["left"].follow(torch.ones(1))
+        >>> histories.put_back(before); histories.states["fc"].histories["left"].amaxes.tolist()
+        [0.0, 0.0]
+    """
+
+    def __init__(self, states: Mapping[str, ProductState]) -> None:
+        self.states = states
+
+    def copy(self) -> dict[str, Tensor]:
+        """Path -> [3, window], a row for each operand."""
+        return {path: torch.stack([h.amaxes for h in s.histories.values()]) for path, s in self.states.items()}
+
+    def put_back(self, copies: Mapping[str, Tensor]) -> None:
+        """What `copy` gave; paths that are only there or only here are left."""
+        for path in self.states.keys() & copies.keys():
+            for history, row in zip(self.states[path].histories.values(), copies[path], strict=True):
+                history.load_state_dict({"amaxes": row})
+
+    def agree(self, maximize: Callable[[Tensor], Tensor]) -> None:
+        """Make them elementwise the largest over all ranks: one exchange of all."""
+        if self.states:
+            copies = self.copy()
+            self.put_back(dict(zip(copies, maximize(torch.stack(list(copies.values()))), strict=True)))
 
 
 class QuantizedWeights:
@@ -262,7 +276,7 @@ def quantize_operand(
         )
     amax = None
     if state is not None and delayed:
-        amax = state.histories[role].follow(x, join=state.is_training)
+        amax = state.histories[role].follow(x, join=state.is_training or role == "gradient")
     elif state is not None and state.reduce and operand.scaling.kind == "tensor":
         amax = find_amax(x, state.reduce)
     noise = state.draw(x) if state is not None and stochastic else None

@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from halfstep.mechanisms.layers import undo_unit
-from halfstep.numerics.products import drop_histories
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
          "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
@@ -63,7 +62,6 @@ def _strip(twin: nn.Module) -> None:
     for module in twin.modules():
         if "_halfstep" in module.__dict__:
             undo_unit(module)
-        drop_histories(module)
         for name in HOOKS:
             hooks: OrderedDict[int, Any] = getattr(module, name)
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from halfstep.control.sensitivity import Choice, choose_plan
-from halfstep.conversion import convert, draft_conversion
+from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.distributed import is_inside_wrapper
 from halfstep.errors import ModelError, PlanError
 from halfstep.machine.hardware import get_profile
@@ -47,20 +47,26 @@ class PlanInForce:
         """Put another plan in force. Raises what `convert` raises; the plan before stays in force then."""
         plan = replace(plan, recovery=self._options.recovery or plan.recovery)
         self.stop_waiting()
-        before, noise = self.conversion.plan, self.conversion.masters.state_dict()
-        self.conversion.undo()
+        before = self.conversion
+        before.undo()
         try:
             drafted = draft_conversion(self._model, plan)
             require_plan(plan, drafted, self._options, self._optimizers.all)
             drafted.apply()
         except Exception:
-            self.conversion = convert(self._model, before)
+            self._follow(convert(self._model, before.plan), before)
             self._optimizers.masters = self.conversion.masters
-            self.conversion.masters.load_state_dict(noise)
             raise
-        self.conversion = drafted
-        self.conversion.masters.load_state_dict(noise)
+        self._follow(drafted, before)
         self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
+
+    def _follow(self, conversion: Conversion, before: Conversion) -> None:
+        """Take another conversion's place, with what it knows beside the weights."""
+        self.conversion = conversion
+        conversion.masters.load_state_dict(before.masters.state_dict())
+        conversion.histories.put_back(before.histories.copy())
+        if self._options.accumulate > 1:
+            conversion.share_quantized_weights()
 
     def end(self) -> None:
         """Give the model back in fp32, and the optimizers as plain ones."""
