@@ -1,6 +1,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.conversion import Conversion, convert
-from halfstep.errors import ModelError, PlanError, UnsupportedError
+from halfstep.errors import ModelError, PlanError, PrecisionWarning, UnsupportedError
 from halfstep.mechanisms.layers import DTYPES
 from halfstep.numerics.formats import FORMATS
-from halfstep.plan import Plan
+from halfstep.plan import Plan, Rule
 from halfstep.stepper import prepare
 from helpers import (
     FP32_MASTER,
@@ -510,12 +511,17 @@ def test_scaled_products_behind_bf16_weights_with_an_exact_master() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("compute=fp8_e4m3", "the model is a Sequential: products in fp8_e4m3 are for Linear,"),
+        ("compute=fp8_e4m3", "the model is a Sequential, and compute=fp8_e4m3 is for Linear,"),
         (
             "path=1 compute=fp8_e4m3 scaling=1x128\npath=0 compute=int8 output=int8\ncompute=bf16",
             "module '0': output=int8",
         ),
         ("path=0 compute=e8m0\ncompute=bf16", "module '0': products take"),
+        ("compute=bf16 grad=fp8_e5m2", "the model is a Sequential, and grad=fp8_e5m2 is for Linear,"),
+        (
+            "path=0 compute=nvfp4 scaling=row\ncompute=bf16",
+            "module '0': nvfp4 brings its own scales; leave scaling=row out",
+        ),
         (
             "path=0 saved=fp8_e4m3\ncompute=bf16",
             "module '0': saved=fp8_e4m3 cannot be honoured; activations are saved in fp32",
@@ -594,7 +600,7 @@ def test_every_kind_of_module_follows_a_scaled_rule(kind: str, train: bool) -> N
     "module", [nn.RNN(4, 4), nn.LSTMCell(4, 4), nn.Bilinear(4, 4, 4)], ids=lambda m: type(m).__name__
 )
 def test_modules_whose_products_cannot_be_replaced_are_refused(module: nn.Module) -> None:
-    with pytest.raises(UnsupportedError, match="products in int8 are for Linear, Conv1d"):
+    with pytest.raises(UnsupportedError, match="compute=int8 is for Linear, Conv1d"):
         convert(nn.ModuleList([module]), Plan.parse("path=0 compute=int8\ncompute=fp32"))
 
 
@@ -642,3 +648,27 @@ def test_emulation_leaves_embeddings_to_torch() -> None:
             results.append(model[0](torch.arange(5)))
     assert results[0].dtype == results[1].dtype
     assert torch.equal(*results)
+
+
+def test_scaled_products_outside_autocast_warn_and_give_fp32_like_all_else() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    with convert(model, Plan.preset("fp8-mixed")):
+        with pytest.warns(PrecisionWarning, match=r"run the model and the loss inside `with stepper.autocast\(\):`"):
+            y = model(torch.randn(4, 8))
+        assert y.dtype == torch.float32
+        with torch.no_grad():
+            assert model(torch.randn(4, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fp8-mixed", "int8-mixed"])
+def test_a_model_of_which_no_layer_is_in_8_bits_is_warned_of(name: str) -> None:
+    with pytest.warns(PrecisionWarning, match="no layer of this model is in"):
+        convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), Plan.preset(name))
+
+
+def test_a_layer_with_scaled_products_does_not_claim_a_saved_format() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    with convert(
+        model, replace(Plan.preset("int8-mixed"), rules=(Rule(saved="int8"), *Plan.preset("int8-mixed").rules))
+    ) as c:
+        assert [(r.compute, r.saved) for r in c.describe()] == [("bf16", "int8"), ("int8", ""), ("bf16", "int8")]

@@ -60,6 +60,7 @@ SPINE = [
     "mechanisms.master_weights",
     "mechanisms.optimizer_states",
     "control.monitor",
+    "feasibility",
     "conversion",
     "control.sensitivity",
     "window",

@@ -1,5 +1,8 @@
 """Rehearsals: each is a whole plan of its name, whose products are emulated."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from halfstep.errors import PlanError
@@ -42,3 +45,12 @@ def test_only_the_scaled_formats_keep_the_ends_wider() -> None:
 def test_a_rehearsal_that_is_not_known_names_the_nearest() -> None:
     with pytest.raises(PlanError, match="did you mean 'fp8-h100'"):
         find_rehearsal("fp8-h10")
+
+
+def test_a_plan_file_is_rehearsed_with_emulated_products(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    Plan.preset("int8-mixed").save(path)
+    rehearsal = find_rehearsal(str(path))
+    assert rehearsal.plan == replace(Plan.preset("int8-mixed"), products="emulated")
+    with pytest.raises(PlanError, match="cannot be read"):
+        find_rehearsal(str(tmp_path / "none.toml"))

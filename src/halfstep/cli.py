@@ -363,7 +363,9 @@ def compare(
     rehearse: Annotated[
         str | None,
         typer.Option(
-            "--rehearse", metavar="HARDWARE", help="Train with the numerics of hardware that is not here: fp8-h100, ..."
+            "--rehearse",
+            metavar="HARDWARE",
+            help="Train with the numerics of hardware that is not here: fp8-h100, ..., or of a plan file.",
         ),
     ] = None,
     repaired: Annotated[
@@ -392,7 +394,14 @@ def compare(
     if rehearsal and "halfstep" not in names:
         raise RecipeError(f"--rehearse is for the arm 'halfstep'; got --arms {arms}; add it")
     _require_writable(json, page, repaired if rehearsal else None)
-    loaded = _load(recipe, overrides, precision=rehearse, steps=steps, data=data, recovery=recovery)
+    loaded = _load(
+        recipe,
+        overrides,
+        precision=str(rehearsal.plan) if rehearsal else None,
+        steps=steps,
+        data=data,
+        recovery=recovery,
+    )
     task = loaded.build_task()
 
     def compare_arms(recipe: "Recipe", names: list[str]) -> comparison.ComparisonRecord:
@@ -426,9 +435,7 @@ def compare(
     if str(json) != "-":
         console.print(show_comparison(result))
         if rehearsal:
-            console.print(
-                f"{rehearsal.name} is {rehearsal.hardware}. Not rehearsed: {rehearsal.differs}.", soft_wrap=True
-            )
+            console.print(f"{rehearsal.name} is {rehearsal.hardware}. Not rehearsed: {rehearsal.differs}.")
     _write_json(result, json)
     if page is not None:
         write_page(result, page)

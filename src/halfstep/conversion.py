@@ -10,6 +10,7 @@
 gives back the same parameter objects in fp32 and the same classes.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
@@ -19,8 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.control.monitor import Audit
-from halfstep.errors import FormatError, ModelError, PlanError, UnsupportedError
-from halfstep.mechanisms.activations import SAVED_FORMATS, Keeper
+from halfstep.errors import ModelError, PlanError, PrecisionWarning, UnsupportedError
+from halfstep.feasibility import (
+    name_around,
+    replaces_products,
+    require_possible,
+    require_scalable,
+)
+from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import (
     DTYPES,
     Gate,
@@ -33,16 +40,12 @@ from halfstep.mechanisms.layers import (
     make_unit,
     undo_unit,
 )
-from halfstep.mechanisms.master_weights import WAYS, MasterWeights
+from halfstep.mechanisms.master_weights import MasterWeights
 from halfstep.mechanisms.operators import OperatorMode
 from halfstep.mechanisms.replacements import (
-    REPLACEABLE,
-    can_be_replaced,
     read_products,
     replace_functions,
-    require_products,
 )
-from halfstep.numerics.formats import find_format
 from halfstep.numerics.products import Histories, ProductState, QuantizedWeights
 from halfstep.plan import Plan, Resolution, Settings
 from halfstep.records import LayerRecord
@@ -68,7 +71,7 @@ class Conversion:
         saved = {path: settings.saved.replace("fp32", "") for path, settings in self.table.items()}
         self.keeper = Keeper(model, saved) if any(saved.values()) else None
         self._undo = ExitStack()
-        self._around = _name_around(self.table[""]) if self.table[""].cast == "op" else "fp32"
+        self._around = name_around(self.table[""]) if self.table[""].cast == "op" else "fp32"
         self.storage = self._agree_on_storage()
 
     def list_autocast_weights(self) -> set[nn.Parameter]:
@@ -119,7 +122,7 @@ class Conversion:
                 s = self.table[path]
                 records.append(
                     LayerRecord(path=path, kind=kind, compute=s.compute, storage=s.storage, master=s.master,
-                                parameters=own, why=s.why, grad=s.grad, saved=s.saved)
+                                parameters=own, why=s.why, grad=s.grad, saved="" if path in self.products else s.saved)
                 )  # fmt: skip
         return tuple(records)
 
@@ -168,9 +171,20 @@ class Conversion:
                     self._undo.callback(self.masters.widen, parameter)
             for module in self.model.modules():
                 self._keep_state_in_fp32(module)
+            self._warn_of_nothing_narrow()
         except BaseException:
             self.undo()
             raise
+
+    def _warn_of_nothing_narrow(self) -> None:
+        named = {rule.compute for rule in self.plan.rules if rule.compute and rule.compute not in DTYPES}
+        if named and not self.products:
+            warnings.warn(
+                f"no layer of this model is in {' or '.join(sorted(named))}: the plan's other rules, such as those for the first "
+                "and the last layer, take them all",
+                PrecisionWarning,
+                stacklevel=3,
+            )
 
     def _agree_on_storage(self) -> dict[nn.Parameter, Settings]:
         """Settings of every floating-point parameter. Raises PlanError when two modules share one and disagree."""
@@ -226,7 +240,7 @@ class Conversion:
         """Between the products a module keeps to the format around it; so do its results."""
         settings, around = self.table[path], self._find_surroundings(path)
         state = self.products[path] = ProductState(number=len(self.products))
-        make_unit(module, ProductUnit, self.device_type, around, settings.output or around)
+        make_unit(module, ProductUnit, self.device_type, around, settings.output)
         functions = replace_functions(read_products(settings), state)
         module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions).opened
         self._undo.callback(undo_unit, module)
@@ -236,7 +250,7 @@ class Conversion:
         while path:
             path = path.rpartition(".")[0]
             if path and self.table[path].cast == "op":
-                return _name_around(self.table[path])
+                return name_around(self.table[path])
         return self._around
 
     def _keep_state_in_fp32(self, module: nn.Module) -> None:
@@ -296,9 +310,9 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
     for path, module in model.named_modules():
-        _require_possible(path, module, resolution.table[path])
+        require_possible(path, module, resolution.table[path])
         if plan.loss_scale == "layer":
-            _require_scalable(path, module, resolution.table[path])
+            require_scalable(path, module, resolution.table[path])
             if resolution.table[path].compute == "fp16" and replaces_products(plan, module, resolution.table[path]):
                 raise UnsupportedError(
                     f"module '{path}': loss_scale=layer scales torch's own products, not emulated ones and those with formats "
@@ -306,83 +320,3 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
                 )
     device_type = next((p.device.type for p in model.parameters()), "cpu")
     return Conversion(model, plan, resolution, device_type)
-
-
-def _require_scalable(path: str, module: nn.Module, settings: Settings) -> None:
-    scalable = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and settings.cast == "unit"
-    scalable = scalable and module._parameters.get("weight") is not None  # and not made by a parametrization
-    if settings.compute == "fp16" and not (scalable and settings.storage == "fp32"):
-        raise UnsupportedError(
-            f"module '{path}': loss_scale=layer scales the products of linear and convolution layers with cast=unit and "
-            f"storage=fp32; got {type(module).__name__} with cast={settings.cast} storage={settings.storage}; give such "
-            "modules compute=fp32"
-        )
-
-
-def has_formats_of_its_own(settings: Settings) -> bool:
-    """Whether a module's products take formats that torch does not compute in, or not the same for all.
-
-    Examples:
-        >>> has_formats_of_its_own(Settings(compute="bf16", grad="bf16")), has_formats_of_its_own(Settings(compute="int8"))
-        (False, True)
-    """
-    stated = {settings.compute, *filter(None, (settings.grad, settings.grad_input, settings.grad_weight))}
-    return len(stated) > 1 or not stated <= DTYPES.keys()
-
-
-def replaces_products(plan: Plan, module: nn.Module, settings: Settings) -> bool:
-    """Whether a module's products are other than torch's own in its compute format.
-
-    A lookup multiplies nothing, so there is nothing to emulate in an embedding.
-    """
-    multiplies = can_be_replaced(module) and find_kind(module) != "embedding"
-    emulated = plan.products == "emulated" and settings.compute != "fp32" and multiplies
-    return emulated or has_formats_of_its_own(settings)
-
-
-def _name_around(settings: Settings) -> str:
-    """The format of what is not a product in a module: its compute format, where torch has that."""
-    return settings.compute if settings.compute in DTYPES else "bf16"
-
-
-def _require_possible(path: str, module: nn.Module, settings: Settings) -> None:
-    where = f"module '{path}'" if path else "the model"
-    for slot in ("storage", "output"):
-        format = getattr(settings, slot)
-        if format and format not in DTYPES:
-            raise UnsupportedError(f"{where}: {slot}={format} cannot be honoured; allowed: {', '.join(DTYPES)}")
-    if settings.saved not in (*SAVED_FORMATS, "fp32"):
-        allowed = ", ".join(["fp32 (as they are)", *filter(None, SAVED_FORMATS)])
-        raise UnsupportedError(
-            f"{where}: saved={settings.saved} cannot be honoured; activations are saved in {allowed}"
-        )
-    if has_formats_of_its_own(settings):
-        if not can_be_replaced(module):
-            raise UnsupportedError(
-                f"{where} is a {type(module).__name__}: products in {settings.compute} are for "
-                f"{', '.join(kind.__name__ for kind in REPLACEABLE)}; give it compute=bf16 grad=bf16"
-            )
-        try:
-            require_products(module, read_products(settings))
-        except (FormatError, UnsupportedError) as error:
-            raise UnsupportedError(f"{where}: {error}") from None
-        if settings.scaling == "delayed" and find_kind(module) in ("attention", "recurrent"):
-            raise UnsupportedError(
-                f"{where} makes several products, and scaling=delayed follows one; use scaling=tensor"
-            )
-    elif settings.storage != "fp32" and settings.storage != settings.compute:
-        raise UnsupportedError(
-            f"{where}: storage={settings.storage} with compute={settings.compute}; weights are stored in fp32 or in the "
-            "format they are computed in"
-        )
-    if settings.master in ("none", "fp32"):
-        return
-    if settings.storage == "fp32":
-        raise UnsupportedError(
-            f"{where}: master={settings.master} needs storage=bf16; fp32 weights are their own truth"
-        )
-    if find_format(settings.storage).name != "bf16":
-        raise UnsupportedError(
-            f"{where}: master={settings.master} works behind bf16; storage={settings.storage} "
-            f"{WAYS[settings.master].why_bf16}, it takes master=fp32"
-        )

@@ -413,4 +413,5 @@ PRESETS: dict[str, Plan] = {
     "fp8-mixed": replace(_scaled("fp8_e4m3", "fp8_e5m2", scaling="tensor"), name="fp8-mixed"),
     "int8-mixed": replace(_scaled("int8", "int8", scaling="row", grad_weight="bf16"), name="int8-mixed"),
 }
-ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed"}
+ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed",
+           "fp8": "fp8-mixed", "int8": "int8-mixed"}  # fmt: skip

@@ -11,6 +11,7 @@ Formats 1.0 (2023) and Mishra et al. 2025 (arXiv 2506.08027): MXFP8 in E4M3 thro
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from halfstep.errors import PlanError, describe_unknown
 from halfstep.numerics.formats import find_format
@@ -111,14 +112,17 @@ REHEARSALS: dict[str, Rehearsal] = {
 
 
 def find_rehearsal(name: str) -> Rehearsal:
-    """The rehearsal of that name.
+    """The rehearsal of that name, or of the plan in a file.
 
     Examples:
         >>> find_rehearsal("mxfp8-b200").hardware
         'NVIDIA B200'
 
-    Raises PlanError, naming the nearest one, when there is none.
+    Raises PlanError, naming the nearest one, when there is none, and for a file that cannot be read.
     """
+    if name.endswith((".toml", ".json", ".plan")):
+        plan = replace(Plan.load(Path(name)), products="emulated")
+        return Rehearsal(name=name, hardware="a plan of your own", plan=plan, differs="the order of sums")
     if name not in REHEARSALS:
         raise PlanError(describe_unknown("rehearsal", name, REHEARSALS))
     return REHEARSALS[name]

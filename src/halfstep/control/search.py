@@ -95,7 +95,7 @@ def repair_plan(plan: Plan, harms: Sequence[HarmRecord], *, share: float = 0.1) 
         wide = "bf16" if find_format(worst.compute).storage_bits < 16 else "fp32"
         why = f"in {worst.compute} it changes the gradient by {worst.error:.2g} of itself; batches do by {worst.noise:.2g}"
         rules.append(Rule(path=worst.path, compute=wide, why=why))
-    return replace(plan, rules=(*rules, *plan.rules)) if rules else plan
+    return replace(plan, rules=(*rules, *plan.rules), name=f"{plan.name}-repaired") if rules else plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ The autocast around it also converts the weights that the products read; a weigh
 format is not touched.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
+
+from halfstep.errors import PrecisionWarning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,16 +83,25 @@ class Gate(Unit):
 class ProductUnit(Unit):
     """A unit inside which torch's product functions are replaced, by the block that `_halfstep_inside` opens.
 
-    It converts no inputs: a product rounds its operands itself, from the numbers as they are.
+    It converts no inputs: a product rounds its operands itself, from the numbers as they are. Its result is in the format
+    of the autocast around it; where that was forgotten, in fp32 like everything else there.
     """
 
     _halfstep_inside: Callable[[], AbstractContextManager[Any]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        original, _, _, output = self._halfstep
+        original, device_type, around, output = self._halfstep
+        is_around = around == "fp32" or torch.is_autocast_enabled(device_type)
+        if not is_around and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            warnings.warn(
+                "the plan computes what is between scaled products in 16 bits under autocast, but there is none here; run the "
+                "model and the loss inside `with stepper.autocast():`",
+                PrecisionWarning,
+                stacklevel=2,
+            )
         with self._halfstep_inside():
             result = original.forward(self, *args, **kwargs)
-        return cast_floats(result, DTYPES[output]) if output else result
+        return cast_floats(result, DTYPES[output or (around if is_around else "fp32")])
 
 
 class ScaledUnit(Unit):

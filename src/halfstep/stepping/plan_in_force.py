@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from halfstep.control.sensitivity import Choice, choose_plan
 from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.distributed import is_inside_wrapper
-from halfstep.errors import ModelError, PlanError
+from halfstep.errors import ModelError, PlanError, describe_unknown
 from halfstep.machine.hardware import get_profile
-from halfstep.plan import PRESETS, Plan
+from halfstep.plan import ALIASES, PRESETS, Plan
 from halfstep.rehearsals import REHEARSALS
 from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import Options, require_plan
@@ -113,4 +113,8 @@ def read_plan(plan: Plan | str) -> Plan:
         raise PlanError(f"a plan is a Plan, the name of a precision, or a path; got {plan!r:.60}")
     if plan.endswith((".toml", ".json", ".plan")):
         return Plan.load(Path(plan))
-    return REHEARSALS[plan].plan if plan in REHEARSALS else Plan.parse(plan)
+    if plan in REHEARSALS:
+        return REHEARSALS[plan].plan
+    if "=" not in plan and plan not in ("auto", *PRESETS, *ALIASES):
+        raise PlanError(describe_unknown("precision", plan, ["auto", *PRESETS, *ALIASES, *REHEARSALS]))
+    return Plan.parse(plan)
