@@ -194,8 +194,9 @@ def test_finer_formats_give_nearer_gradients() -> None:
 
 
 def test_formats_go_by_path_and_are_inherited() -> None:
-    model = nn.Sequential(make_net(), make_net())
-    model[0][5], model[1][0] = nn.Linear(128, WIDTH), nn.Linear(WIDTH, 128)
+    first, second = make_net(), make_net()
+    first[5], second[0] = nn.Linear(128, WIDTH), nn.Linear(WIDTH, 128)
+    model = nn.Sequential(first, second)
     keeper = Keeper(model, {"": "int8", "1": "int4", "1.1": ""})
     with keeper.keep():
         model(make_input())
@@ -340,7 +341,7 @@ def test_versions_make_two_packs_of_one_memory() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(format: str, reentrant: bool) -> None:
     net = make_net()
-    model = Call(lambda _, x: checkpoint(net, x * 2, use_reentrant=reentrant) + (x * 2).sin().sum())  # type: ignore[no-any-return]
+    model = Call(lambda _, x: checkpoint(net, x * 2, use_reentrant=reentrant) + (x * 2).sin().sum())
     model.net = net
     x = make_input()
     exact = differentiate_by_backward(model, x)
@@ -510,6 +511,7 @@ def test_originals_are_freed_in_the_forward_pass_and_packs_in_the_backward_pass(
 
     def make(self: Any, flat: Tensor, format: str) -> Any:
         region = original_make(self, flat, format)
+        assert isinstance(region, activations._Rounded)
         packs.append(StorageWeakRef(region.groups.codes.untyped_storage()))
         return region
 
