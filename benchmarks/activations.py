@@ -168,8 +168,8 @@ def main() -> None:
         runs.append({arm: run_arm(arm, seed, options) for arm in ARMS})
         for arm, run in runs[-1].items():
             print(
-                f"{seed} {arm:9s} {run['peak_mib'] - idle:7.1f} MiB {run['step_ms']:7.1f} ms, {run['cpu_ms']:7.1f} ms of CPU "
-                f" loss {run['loss']:.4f}",
+                f"{seed} {arm:9s} {run['peak_mib'] - idle:7.1f} MiB {run['step_ms']:7.1f} ms, {run['cpu_ms']:7.1f} ms of CPU  "
+                f"loss {run['loss']:.4f}",
                 flush=True,
             )
     command = " ".join(

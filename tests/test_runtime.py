@@ -3,13 +3,15 @@
 import platform
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from halfstep.machine import runtime
-from halfstep.machine.runtime import read_peak_memory, tune_process
+from halfstep.machine.runtime import Arena, HeapTrimmer, read_peak_memory, tune_process
 
 CAN_FLUSH = torch.set_flush_denormal(False)
 needs_flush = pytest.mark.skipif(not CAN_FLUSH, reason="the processor cannot flush denormals")
@@ -166,3 +168,57 @@ def test_peak_memory_of_a_child_does_not_count_what_its_parent_held() -> None:
     alone, parent = int(run_python(code)), read_peak_memory()
     assert held.nbytes == 256 << 20
     assert alone < parent
+
+
+def test_buffers_of_an_arena_do_not_overlap_and_slabs_go_with_their_last_buffer() -> None:
+    arena = Arena(slab=1 << 12)
+    buffers = [arena.allocate(count).fill_(number) for number, count in enumerate((100, 1, 3000, 2000, 10_000, 64))]
+    assert [set(buffer.tolist()) for buffer in buffers] == [{number} for number in range(6)]
+    assert all(buffer.data_ptr() % 64 == 0 for buffer in buffers)
+    starts = [buffer.data_ptr() for buffer in buffers]
+    assert starts[1] == starts[0] + 128 and starts[2] == starts[1] + 64
+    assert arena.allocate(0).numel() == 0
+    assert arena._current is not None
+    slab = weakref.ref(arena._current)
+    del arena
+    assert slab() is not None
+    del buffers[-1]
+    assert slab() is None
+
+
+def test_an_arena_serves_threads() -> None:
+    arena = Arena(slab=1 << 16)
+    found: list[tuple[int, torch.Tensor]] = []
+
+    def fill(number: int) -> None:
+        found.extend((number, arena.allocate(50).fill_(number)) for _ in range(200))
+
+    threads = [threading.Thread(target=fill, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 800
+    assert all(set(buffer.tolist()) == {number} for number, buffer in found)
+
+
+def test_the_heap_is_trimmed_when_it_grew_by_an_eighth_beyond_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = iter([800, 640, 640, 700, 721, 700, 750, 788, 640])
+    monkeypatch.setattr(runtime, "release_memory", lambda: None)
+    monkeypatch.setattr(HeapTrimmer, "_read_resident", lambda _: next(resident))
+    trimmer = HeapTrimmer()
+    trimmer._works = True
+    trims = []
+    for _ in range(6):
+        trimmer.look()
+        trims.append(trimmer.trims)
+    # 800 -> 640, limit 720; 640 and 700 are below; 721 -> 700, limit 787.5; 750 below; 788 -> 640, the limit stays
+    assert trims == [1, 1, 1, 2, 2, 3]
+    assert trimmer._limit == 787.5
+
+
+def test_where_the_heap_cannot_be_trimmed_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("", ""))
+    trimmer = HeapTrimmer()
+    trimmer.look()
+    assert trimmer.trims == 0

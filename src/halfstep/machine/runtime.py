@@ -12,6 +12,7 @@ effect (musl, macOS, another allocator preloaded) it is left out, and the return
 import ctypes
 import mmap
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -70,7 +71,9 @@ class Arena:
     Buffers that outlive what was allocated around them would leave holes in the heap that nothing fits into: small ones that a
     forward pass leaves behind for the backward pass kept as much heap from being used again as they had saved. Here they lie
     one behind the other in slabs, on huge pages where the system has them (faulting 4 KiB pages in takes about ten times as
-    long); a slab is given back to the system with the last buffer that lies in it. Not to be shared between threads.
+    long); a slab is given back to the system with the last buffer that lies in it.
+
+    slab: bytes of a slab; a larger buffer has one of its own.
 
     Examples:
         >>> arena = Arena()
@@ -78,19 +81,24 @@ class Arena:
         (torch.Size([100]), torch.uint8)
     """
 
-    SLAB, ALIGNMENT = 16 << 20, 64  # bytes
+    ALIGNMENT = 64  # bytes
 
-    def __init__(self) -> None:
-        self._slab: mmap.mmap | None = None
-        self._free = 0  # where the rest of the slab begins
+    def __init__(self, slab: int = 16 << 20) -> None:
+        self.slab = slab
+        self._current: mmap.mmap | None = None
+        self._free = 0  # where the rest of it begins
+        self._lock = threading.Lock()
 
     def allocate(self, count: int) -> Tensor:
         """[count] uint8, not filled; it begins at a multiple of 64 bytes."""
-        if self._slab is None or self._free + count > len(self._slab):
-            self._slab, self._free = _map_memory(max(count, self.SLAB)), 0
-        start = self._free
-        self._free += -(-count // self.ALIGNMENT) * self.ALIGNMENT
-        return torch.frombuffer(self._slab, dtype=torch.uint8, count=count, offset=start)
+        with self._lock:
+            if self._current is None or self._free + count > len(self._current):
+                self._current, self._free = _map_memory(max(count, self.slab)), 0
+            start, memory = self._free, self._current
+            self._free += -(-count // self.ALIGNMENT) * self.ALIGNMENT
+        return (
+            torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start) if count else torch.empty(0).byte()
+        )
 
 
 def _map_memory(count: int) -> mmap.mmap:

@@ -54,7 +54,7 @@ from torch.utils._pytree import tree_leaves
 
 from halfstep.errors import PlanError, UnsupportedError, describe_unknown
 from halfstep.machine.runtime import Arena, HeapTrimmer
-from halfstep.numerics.kernels import pack_bits, pack_groups, unpack_bits, unpack_groups
+from halfstep.numerics.kernels import Allocate, pack_bits, pack_groups, unpack_bits, unpack_groups
 from halfstep.numerics.noise import derive_keys
 from halfstep.numerics.packing import Groups
 from halfstep.records import SavedRecord
@@ -84,8 +84,8 @@ class _Rounded:
     def nbytes(self) -> int:
         return self.groups.nbytes
 
-    def restore(self) -> Tensor:
-        return unpack_groups(self.groups, self.dtype)
+    def restore(self, allocate: Allocate) -> Tensor:
+        return unpack_groups(self.groups, self.dtype, allocate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class _Cast:
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def restore(self) -> Tensor:
+    def restore(self, _: Allocate) -> Tensor:
         return self.values.to(self.dtype)
 
 
@@ -115,7 +115,7 @@ class _TwoValued:
     def nbytes(self) -> int:
         return self.codes.nbytes
 
-    def restore(self) -> Tensor:
+    def restore(self, _: Allocate) -> Tensor:
         mask = unpack_bits(self.codes, self.count)
         return mask if self.values is None else torch.where(mask, self.values[1], self.values[0])
 
@@ -217,6 +217,7 @@ class _Pass:
         self._inputs: list[StorageWeakRef] = []  # keep the addresses in `resident` from being used again
         self._regions: WeakValueDictionary[tuple[Any, ...], Region] = WeakValueDictionary()
         self._arena = Arena()
+        self._unpacked = Arena(slab=2 << 20)  # what lives for one operation of the backward pass
         self._drawn = 0
         self._wholes: set[int] = set()
 
@@ -267,7 +268,7 @@ class _Pass:
         if saved.on_processor:
             self.keeper.trimmer.look()
         with torch.no_grad():
-            return saved.region.restore().as_strided(saved.shape, saved.strides)
+            return saved.region.restore(self._unpacked.allocate).as_strided(saved.shape, saved.strides)
 
     def _find_exception(self, x: Tensor, path: str) -> str:
         """The rule by which a tensor stays as it is; "" where none applies."""
@@ -375,7 +376,7 @@ class _Pass:
         if self.measure and format in SAVED_FORMATS:
             exact = flat.to(torch.float32)
             tally.signal += float(exact.square().sum())
-            tally.noise += float((region.restore().to(torch.float32) - exact).square().sum())
+            tally.noise += float((region.restore(self._unpacked.allocate).to(torch.float32) - exact).square().sum())
 
 
 @dataclass

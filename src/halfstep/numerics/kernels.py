@@ -158,12 +158,12 @@ def pack_groups(x: Tensor, bits: int, keys: tuple[int, int], allocate: Allocate 
     return _pack_groups(functions, x, bits, keys, allocate)
 
 
-def unpack_groups(groups: Groups, dtype: torch.dtype) -> Tensor:
-    """`unpack_groups_slowly`, by a kernel where there is one."""
+def unpack_groups(groups: Groups, dtype: torch.dtype, allocate: Allocate = make_buffer) -> Tensor:
+    """`unpack_groups_slowly`, by a kernel where there is one, into a buffer from `allocate`."""
     functions = _find_functions(groups.codes)
     if functions is None or dtype not in NATIVE:
         return unpack_groups_slowly(groups, dtype)
-    return _unpack_groups(functions, groups, dtype)
+    return _unpack_groups(functions, groups, dtype, allocate)
 
 
 def pack_bits(mask: Tensor, allocate: Allocate = make_buffer) -> Tensor:
@@ -199,8 +199,10 @@ def _pack_groups(
     return Groups(codes, scales, x.numel(), bits)
 
 
-def _unpack_groups(functions: ctypes.CDLL, groups: Groups, dtype: torch.dtype) -> Tensor:
-    x = torch.empty(groups.count, dtype=dtype)
+def _unpack_groups(
+    functions: ctypes.CDLL, groups: Groups, dtype: torch.dtype, allocate: Allocate = make_buffer
+) -> Tensor:
+    x = allocate(groups.count * dtype.itemsize).view(dtype)
     codes, scales = groups.codes.data_ptr(), groups.scales.data_ptr()
     functions.unpack_groups(codes, scales, groups.bits, groups.count, int(dtype is torch.float32), x.data_ptr())
     return x
