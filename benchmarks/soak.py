@@ -193,7 +193,7 @@ def run(seeds: int, kills: int) -> None:
             "killed_is_faulty": arms["killed"][0]["fingerprint"] == arms["faulty"][0]["fingerprint"],
         }
         print(plan, json.dumps({k: v for k, v in results[plan].items() if k != "arms"}), flush=True)
-    head = {"command": f"python benchmarks/soak.py --seeds {seeds}", "date": datetime.date.today().isoformat(), 
+    head = {"command": f"python benchmarks/soak.py --seeds {seeds}", "date": datetime.date.today().isoformat(),
             "machine": name_machine(),
             "python": platform.python_version(), "torch": torch.__version__, "steps": STEPS}  # fmt: skip
     path = ROOT / "benchmarks" / "results" / "soak.json"
