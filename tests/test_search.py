@@ -187,5 +187,5 @@ def test_what_harms_nothing_is_narrowed_first_and_of_those_most() -> None:
 
 def test_a_budget_that_cannot_be_met_is_refused_with_the_least_that_can() -> None:
     cost = SavedCost(path="a", bytes={"": 80, "int8": 20}, harm={"": 0.0, "int8": 0.1})
-    with pytest.raises(PlanError, match="a budget of 19 bytes .* in the narrowest formats they take 20"):
+    with pytest.raises(PlanError, match=r"a budget of 19 bytes .* in the narrowest formats they take 20"):
         choose_saved_formats([cost], 19)
