@@ -9,6 +9,7 @@ compared with the torch-amp run of their round.
 
     activation memory    peak resident memory, less that of torch-amp with a batch of one sequence
     time                 the median step, without the first two; CPU time beside it, which other work on the machine disturbs less
+    int8-untrimmed       the heap is left as the C library keeps it
     loss                 mean over the last quarter of the steps
 """
 
@@ -36,7 +37,7 @@ from halfstep.tasks.text_generation import Options, TextGeneration
 from halfstep.training import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-ARMS = {"torch-amp": "", "bf16": "bf16", "int8": "int8", "int4": "int4"}
+ARMS = {"torch-amp": "", "bf16": "bf16", "int8": "int8", "int4": "int4", "int8-untrimmed": "int8"}
 MIB = 2**20
 
 
@@ -47,7 +48,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     task = TextGeneration(Options(layers=options.layers, width=options.width, context=options.context), settings)
     model = task.build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    keeper = Keeper(model, {"": ARMS[options.arm]}, seed=options.seed)
+    keeper = Keeper(model, {"": ARMS[options.arm]}, seed=options.seed, trim=not options.arm.endswith("untrimmed"))
     losses, seconds, busy = [], [], []
     for step in range(options.steps):
         batch = task.make_batch(step)
@@ -161,6 +162,7 @@ def main() -> None:
     if options.arm:
         print(json.dumps(train(options)))
         return
+    torch.set_num_threads(options.threads)
     load = round(read_load(), 2)
     idle = run_arm("torch-amp", 0, options, batch=1, steps=3)["peak_mib"]
     runs = []
@@ -168,7 +170,7 @@ def main() -> None:
         runs.append({arm: run_arm(arm, seed, options) for arm in ARMS})
         for arm, run in runs[-1].items():
             print(
-                f"{seed} {arm:9s} {run['peak_mib'] - idle:7.1f} MiB {run['step_ms']:7.1f} ms, {run['cpu_ms']:7.1f} ms of CPU  "
+                f"{seed} {arm:14s} {run['peak_mib'] - idle:7.1f} MiB {run['step_ms']:7.1f} ms, {run['cpu_ms']:7.1f} ms of CPU  "
                 f"loss {run['loss']:.4f}",
                 flush=True,
             )

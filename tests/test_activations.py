@@ -436,6 +436,26 @@ def test_other_threads_are_left_alone() -> None:
     y.sum().backward()
 
 
+def test_a_module_that_runs_in_another_thread_is_not_taken_for_one_of_this() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(_: Call, x: Tensor) -> Tensor:
+        inside.set()
+        done.wait(10)
+        return x * 2
+
+    model = Call(wait)
+    keeper = Keeper(model, {"": "int8"})
+    with keeper.keep():
+        thread = threading.Thread(target=lambda: model(make_input()))
+        thread.start()
+        assert inside.wait(10)
+        (make_input() * 2).sin()
+        done.set()
+        thread.join()
+    assert {record.why for record in keeper.records} == {"outside"}
+
+
 def test_threads_with_keepers_of_their_own() -> None:
     model, x = make_net(), make_input()
     expected = differentiate(model, x, Keeper(model, {"": "int8"}))
@@ -526,6 +546,10 @@ def test_originals_are_freed_in_the_forward_pass_and_packs_in_the_backward_pass(
         y.sum().backward()
         del y
         assert originals[1].expired() and all(pack.expired() for pack in packs)
+        with Keeper(model, {"": "int8"}).keep():
+            y = model(x)
+        del y  # without a backward pass: a result that is kept must not keep itself
+        assert originals[3].expired()
     finally:
         gc.enable()
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfstep.control.search import NOISE, LayerCost, choose_formats, repair_plan
+from halfstep.control.search import NOISE, LayerCost, SavedCost, choose_formats, choose_saved_formats, repair_plan
+from halfstep.errors import PlanError
 from halfstep.plan import Plan, Settings
 from halfstep.records import HarmRecord
 
@@ -182,3 +183,49 @@ def test_what_repair_leaves_narrow_is_always_within_the_share(errors: list[float
     harms = [harm_of(f"layer{i}", error) for i, error in enumerate(errors)]
     taken = {rule.path for rule in repair_plan(Plan(), harms, share=share).rules}
     assert sum(harm.error for harm in harms if harm.path not in taken) <= share
+
+
+@st.composite
+def saved_costs(draw: st.DrawFn) -> list[SavedCost]:
+    costs = []
+    for i in range(draw(st.integers(1, 5))):
+        size, harm = draw(st.integers(64, 10_000)), draw(st.floats(0, 1))
+        sizes = {"": size, "bf16": draw(st.sampled_from([size, size // 2])), "int8": size // 4, "int4": size // 8}
+        costs.append(
+            SavedCost(
+                path=str(i), bytes=sizes, harm={"": 0.0, "bf16": harm / 1e6, "int8": harm / 1e4, "int4": harm / 30}
+            )
+        )
+    return costs
+
+
+@settings(max_examples=50)
+@given(saved_costs(), st.floats(0, 1))
+def test_saved_formats_fit_into_the_budget_and_harm_no_more_than_the_narrowest(
+    costs: list[SavedCost], share: float
+) -> None:
+    most, least = sum(c.bytes[""] for c in costs), sum(c.bytes["int4"] for c in costs)
+    budget = least + int(share * (most - least))
+    chosen = choose_saved_formats(costs, budget)
+    assert list(chosen) == [c.path for c in costs]
+    assert sum(c.bytes[chosen[c.path]] for c in costs) <= budget
+    assert sum(c.harm[chosen[c.path]] for c in costs) <= sum(c.harm["int4"] for c in costs)
+
+
+def test_saved_activations_stay_as_they_are_where_they_fit() -> None:
+    cost = SavedCost(path="a", bytes={"": 80, "int8": 20}, harm={"": 0.0, "int8": 0.1})
+    assert choose_saved_formats([cost], 80) == {"a": ""}
+    assert choose_saved_formats([cost], 79) == {"a": "int8"}
+
+
+def test_what_harms_nothing_is_narrowed_first_and_of_those_most() -> None:
+    masks = SavedCost(path="masks", bytes={"": 90, "bf16": 80, "int8": 5}, harm={"": 0.0, "bf16": 0.0, "int8": 0.0})
+    other = SavedCost(path="other", bytes={"": 90, "bf16": 45, "int8": 20}, harm={"": 0.0, "bf16": 1e-9, "int8": 1e-3})
+    assert choose_saved_formats([other, masks], 170) == {"other": "", "masks": "int8"}
+    assert choose_saved_formats([other, masks], 60) == {"other": "bf16", "masks": "int8"}
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_the_least_that_can() -> None:
+    cost = SavedCost(path="a", bytes={"": 80, "int8": 20}, harm={"": 0.0, "int8": 0.1})
+    with pytest.raises(PlanError, match=r"a budget of 19 bytes .* in the narrowest formats they take 20"):
+        choose_saved_formats([cost], 19)

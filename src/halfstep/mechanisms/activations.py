@@ -266,7 +266,7 @@ class _Pass:
                 'of the first ones; give the modules that create_graph=True goes through the saved format ""'
             )
         if saved.on_processor:
-            self.keeper.trimmer.look()
+            self.keeper.look_at_heap()
         with torch.no_grad():
             return saved.region.restore(self._unpacked.allocate).as_strided(saved.shape, saved.strides)
 
@@ -323,7 +323,7 @@ class _Pass:
                 return None
             self._regions[key] = region
             if flat.device.type == "cpu":
-                self.keeper.trimmer.look()
+                self.keeper.look_at_heap()
             self._count(path, format, flat, region)
         else:
             self._tally(path, format).tensors += 1
@@ -404,8 +404,9 @@ class Keeper:
     table: Mapping[str, str]
     seed: int = 0
     passes: int = 0  # forward passes so far; save and restore it for a run that goes on bit for bit
+    trim: bool = True  # give the holes of freed originals back to the system: a smaller process, for time
     records: tuple[SavedRecord, ...] = field(default=(), init=False)  # of the last pass
-    trimmer: HeapTrimmer = field(default_factory=HeapTrimmer, init=False, repr=False)
+    _trimmer: HeapTrimmer = field(default_factory=HeapTrimmer, init=False, repr=False)
 
     def __post_init__(self) -> None:
         modules = dict(self.model.named_modules())
@@ -430,6 +431,11 @@ class Keeper:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(here.pack, here.unpack))
             yield
         self.records = _make_records(here.tallies)
+
+    def look_at_heap(self) -> None:
+        """Called whenever a tensor was packed or is about to be unpacked on a processor."""
+        if self.trim:
+            self._trimmer.look()
 
     def _follow(self, here: _Pass, stack: ExitStack) -> None:
         """Have the pass told which module runs. The hooks last as long as the block."""
