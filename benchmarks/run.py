@@ -27,8 +27,26 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
     commands = {
         "probe": ["probe"],
         "text-generation": ["compare", "text-generation"],
-        "8-bit-text": ["compare", "text-generation", "--arms", EIGHT_BITS],
-        "8-bit-images": ["compare", "image-classification", "--arms", EIGHT_BITS, "--seeds", "5"],
+        "8-bit-text": [
+            "compare",
+            "text-generation",
+            "--arms",
+            EIGHT_BITS,
+            "--steps",
+            "60",
+            "--set",
+            "evaluations=2",
+        ],
+        "8-bit-images": [
+            "compare",
+            "image-classification",
+            "--arms",
+            EIGHT_BITS,
+            "--seeds",
+            "5",
+            "--set",
+            "model=resnet9",
+        ],
         "rehearsal-text": ["compare", "text-generation", "--rehearse", "fp8-h100"],
     }
     if cifar10:
