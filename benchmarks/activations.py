@@ -32,7 +32,7 @@ import torch
 from halfstep.machine.hardware import name_machine, read_load
 from halfstep.machine.runtime import read_peak_memory
 from halfstep.mechanisms.activations import Keeper
-from halfstep.numerics.kernels import describe_kernels, pack_groups, unpack_groups
+from halfstep.numerics.packing import KERNELS, pack_groups, unpack_groups
 from halfstep.tasks.text_generation import Options, TextGeneration
 from halfstep.training import TrainSettings
 
@@ -183,7 +183,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": name_machine(),
         "torch": torch.__version__,
-        "kernels": describe_kernels(),
+        "kernels": KERNELS.describe(),
         "load_before": load,
         "idle_mib": idle,
         "ns_a_number": time_packing(),

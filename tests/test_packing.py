@@ -1,15 +1,13 @@
 """Packing: one body over the truth and the kernels; what is promised about error, bias and numbers that are not finite."""
 
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from halfstep.numerics import kernels, packing
+from halfstep.numerics import packing
 from halfstep.numerics.noise import derive_keys
 from halfstep.numerics.packing import GROUP, Groups
 from helpers import bits, seeded
@@ -27,7 +25,7 @@ class Packer(NamedTuple):
 TRUTH = Packer(
     packing.pack_groups_slowly, packing.unpack_groups_slowly, packing.pack_bits_slowly, packing.unpack_bits_slowly
 )
-KERNELS = Packer(kernels.pack_groups, kernels.unpack_groups, kernels.pack_bits, kernels.unpack_bits)
+KERNELS = Packer(packing.pack_groups, packing.unpack_groups, packing.pack_bits, packing.unpack_bits)
 both = pytest.mark.parametrize("packer", [TRUTH, KERNELS], ids=["truth", "kernels"])
 widths = pytest.mark.parametrize("width", [8, 4])
 
@@ -40,11 +38,6 @@ def make_numbers(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) 
 def measure_steps(x: Tensor, width: int) -> Tensor:
     """The step that each number is rounded with, after the definition."""
     return torch.cat([(g.max() - g.min()).expand(len(g)) / (2**width - 1) for g in x.float().split(GROUP)])
-
-
-def test_the_kernels_of_this_machine_run_natively_where_it_has_a_compiler() -> None:
-    has_compiler = any(map(kernels.shutil.which, kernels.COMPILERS))
-    assert kernels.describe_kernels().startswith("native: " if has_compiler else "torch: no C compiler")
 
 
 @both
@@ -132,7 +125,7 @@ def test_kernels_give_the_bits_of_the_truth(width: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize(("width", "bytes_a_number"), [(8, 8.25 / 8), (4, 4.25 / 8)])
 def test_size(width: int, bytes_a_number: float) -> None:
-    assert kernels.pack_groups(make_numbers(10 * GROUP), width, KEYS).nbytes == 10 * GROUP * bytes_a_number
+    assert packing.pack_groups(make_numbers(10 * GROUP), width, KEYS).nbytes == 10 * GROUP * bytes_a_number
 
 
 @both
@@ -143,59 +136,3 @@ def test_bits_come_back(packer: Packer, count: int) -> None:
     assert (codes.dtype, codes.numel()) == (torch.uint8, -(-count // 8))
     assert torch.equal(packer.unpack_bits(codes, count), mask)
     assert torch.equal(codes, TRUTH.pack_bits(mask))
-
-
-def test_without_a_compiler_the_truth_runs_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
-    library = kernels.find_library(tmp_path)
-    assert library.functions is None
-    assert library.why == "no C compiler was found (looked for no-such-compiler)"
-    monkeypatch.setattr(kernels, "load_library", lambda: library)
-    x = make_numbers(300)
-    assert torch.equal(kernels.pack_groups(x, 8, KEYS).codes, TRUTH.pack_groups(x, 8, KEYS).codes)
-    assert kernels.describe_kernels().startswith("torch: no C compiler")
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not any(map(kernels.shutil.which, kernels.COMPILERS)):
-        pytest.skip("no C compiler")
-    monkeypatch.setattr(kernels, "FLAGS", ("-std=c11", "-O0", "-ffp-contract=off", "-fPIC", "-shared"))
-    monkeypatch.setattr(kernels, "TRIES", ((),))
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert kernels.find_library(tmp_path / "new" / "folder").functions is not None
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("compiled again")
-
-    monkeypatch.setattr(subprocess, "run", refuse)
-    assert kernels.find_library(tmp_path / "new" / "folder").functions is not None
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "kernels.c"
-    source.write_text(kernels.SOURCE.read_text("utf-8").replace("(0.5f + 0x1p-17f)", "0.25f"), "utf-8")
-    monkeypatch.setattr(kernels, "SOURCE", source)
-    library = kernels.find_library(tmp_path)
-    assert library.functions is None
-    assert "does not compute what numerics/packing.py says" in library.why
-
-
-@pytest.mark.usefixtures("quick_compiler")
-def test_a_compiler_that_fails_is_named_with_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "kernels.c"
-    source.write_text("this is no C;", "utf-8")
-    monkeypatch.setattr(kernels, "SOURCE", source)
-    library = kernels.find_library(tmp_path)
-    assert library.functions is None
-    assert "failed: " in library.why and "kernels.c" in library.why
-
-
-def test_a_folder_that_cannot_be_written_leaves_the_truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert kernels.find_library(tmp_path / "file").functions is None

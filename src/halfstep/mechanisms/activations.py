@@ -54,9 +54,9 @@ from torch.utils._pytree import tree_leaves
 
 from halfstep.errors import PlanError, UnsupportedError, describe_unknown
 from halfstep.machine.runtime import Arena, HeapTrimmer
-from halfstep.numerics.kernels import Allocate, pack_bits, pack_groups, unpack_bits, unpack_groups
+from halfstep.numerics.kernels import Allocate
 from halfstep.numerics.noise import derive_keys
-from halfstep.numerics.packing import Groups
+from halfstep.numerics.packing import Groups, pack_bits, pack_groups, unpack_bits, unpack_groups
 from halfstep.records import SavedRecord
 
 BITS = {"int8": 8, "int4": 4}

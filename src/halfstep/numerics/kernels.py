@@ -1,8 +1,13 @@
-"""The fast twins of `packing`, in C: one pass over the numbers where torch takes about fifteen.
+"""Kernels in C, compiled for the machine's own instruction set when they are first needed.
 
-`kernels.c` is compiled for the machine's own instruction set when it is first needed (about a second), kept in the user's cache
-folder under a name that tells source, compiler flags and processor, and compared with the truth before it is used. Without a
-C compiler, on another device and for other dtypes the truth runs itself; `describe_kernels` says which it is.
+    numerics/NAME.py    the readable truth, and what calls the kernel where there is one
+    numerics/NAME.c     its fast twin: one pass over the numbers where torch takes many
+
+A source is compiled once a machine (a few seconds), kept in the user's cache folder under a name that tells source, compiler,
+flags and processor, and compared with the truth before it is used. Without a C compiler, on another device and for other
+dtypes the truth runs itself; `Kernels.describe` says which it is.
+
+Kernels run on torch's own OpenMP threads where torch is built with the compiler's OpenMP, as on Linux.
 """
 
 import ctypes
@@ -12,45 +17,31 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
 from torch import Tensor
 
-from halfstep.numerics.packing import (
-    BITS,
-    GROUP,
-    Groups,
-    pack_bits_slowly,
-    pack_groups_slowly,
-    unpack_bits_slowly,
-    unpack_groups_slowly,
-)
-
-SOURCE = Path(__file__).with_name("kernels.c")
+HOME = Path(__file__).parent
+HEADER = HOME / "kernels.h"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-std=c11",
     "-O3",
-    "-ffp-contract=off",
+    "-ffp-contract=off",  # contraction would round once where the truth rounds twice
+    "-fno-math-errno",  # so that square roots are instructions, not calls
     "-fPIC",
     "-shared",
-)  # contraction would round once where the truth rounds twice
+)
 TRIES = (("-march=native", "-fopenmp"), ("-march=native",), ())
-NATIVE = (torch.float32, torch.bfloat16)
 Allocate = Callable[[int], Tensor]  # bytes -> [bytes] uint8 on the processor
 
-_POINTER, _INT, _COUNT, _WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
-_ARGUMENTS = {
-    "pack_groups": [_POINTER, _INT, _COUNT, _INT, _WORD, _WORD, _POINTER, _POINTER],
-    "unpack_groups": [_POINTER, _POINTER, _INT, _COUNT, _INT, _POINTER],
-    "pack_bits": [_POINTER, _COUNT, _POINTER],
-    "unpack_bits": [_POINTER, _COUNT, _POINTER],
-}
+POINTER, INT, COUNT, WORD, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
 
 
 @dataclass(frozen=True)
@@ -61,40 +52,81 @@ class Library:
     why: str
 
 
-def describe_kernels() -> str:
-    """What packs tensors on this machine's processor: "native: ..." or "torch: ..." and the reason."""
-    library = load_library()
-    return f"{'native' if library.functions else 'torch'}: {library.why}"
+class Kernels:
+    """The functions of one C source.
 
+    Args:
+        source: name of a file in this folder.
+        signatures: name of each function -> ctypes of its arguments; none returns anything.
+        agrees: whether the compiled functions compute what the truth says, tried on a few numbers.
 
-@cache
-def load_library() -> Library:
-    """The kernels of this machine; compiled if need be, once a process and mostly once a machine."""
-    return find_library(Path(platformdirs.user_cache_dir("halfstep")))
+    Examples:
+        >>> Kernels("missing.c", {}, bool).describe()
+        "torch: there is no 'missing.c'"
+    """
 
+    def __init__(
+        self, source: str, signatures: Mapping[str, Sequence[Any]], agrees: Callable[[ctypes.CDLL], bool]
+    ) -> None:
+        self.source, self.signatures, self.agrees = HOME / source, signatures, agrees
 
-def find_library(folder: Path) -> Library:
-    """The kernels kept in a folder, compiled into it where they are missing; without a word where that cannot be done."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return Library(None, f"no C compiler was found (looked for {', '.join(COMPILERS)})")
-    failure = ""
-    for extra in TRIES:
-        flags = (*FLAGS, *extra)
-        key = "|".join([SOURCE.read_text(encoding="utf-8"), compiler, *flags, _describe_processor()])
-        path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        try:
-            if not path.exists():
-                _compile(compiler, flags, path)
-            functions = _open(path)
-        except (OSError, subprocess.SubprocessError) as error:
-            failure = str(getattr(error, "stderr", "") or error).strip().partition("\n")[0]
-            continue
-        if not _agrees(functions):
-            failure = "what was compiled does not compute what numerics/packing.py says"
-            continue
-        return Library(functions, f"{compiler} {' '.join(flags)}")
-    return Library(None, f"{compiler} failed: {failure}")
+    @cached_property
+    def library(self) -> Library:
+        """Compiled if need be, once a process and mostly once a machine."""
+        return self.find(Path(platformdirs.user_cache_dir("halfstep")))
+
+    def take(self, *tensors: Tensor) -> ctypes.CDLL | None:
+        """The functions, if they can work on these tensors: on the processor, in one stretch of memory."""
+        if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+            return self.library.functions
+        return None
+
+    def describe(self) -> str:
+        """What computes on this machine's processor: "native: ..." or "torch: ..." and the reason."""
+        return f"{'native' if self.library.functions else 'torch'}: {self.library.why}"
+
+    def find(self, folder: Path) -> Library:
+        """The kernels kept in a folder, compiled into it where they are missing; without a word where that cannot be done."""
+        if not self.source.exists():
+            return Library(None, f"there is no '{self.source.name}'")
+        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            return Library(None, f"no C compiler was found (looked for {', '.join(COMPILERS)})")
+        failure = ""
+        for extra in TRIES:
+            flags = (*FLAGS, *extra)
+            try:
+                functions = self._open(self._compile(compiler, flags, folder))
+            except (OSError, AttributeError, subprocess.SubprocessError) as error:
+                failure = str(getattr(error, "stderr", "") or error).strip().partition("\n")[0]
+                continue
+            if not self.agrees(functions):
+                failure = f"what was compiled does not compute what numerics/{self.source.stem}.py says"
+                continue
+            return Library(functions, f"{compiler} {' '.join(flags)}")
+        return Library(None, f"{compiler} failed: {failure}")
+
+    def _compile(self, compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
+        """Into a file beside, then moved: another process never sees half a library."""
+        texts = [path.read_text(encoding="utf-8") for path in (self.source, HEADER)]
+        key = "|".join([*texts, compiler, *flags, _describe_processor()])
+        path = folder / f"{self.source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if path.exists():
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            made = Path(beside) / path.name
+            command = [compiler, *flags, f"-I{HOME}", str(self.source), "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            os.replace(made, path)
+        return path
+
+    def _open(self, path: Path) -> ctypes.CDLL:
+        functions = ctypes.CDLL(str(path))
+        for name, arguments in self.signatures.items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = list(arguments), None
+        return functions
 
 
 def _describe_processor() -> str:
@@ -108,101 +140,6 @@ def _describe_processor() -> str:
     )
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Into a file beside, then moved: another process never sees half a library."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *flags, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=120
-        )
-        os.replace(made, path)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    functions = ctypes.CDLL(str(path))
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(functions, name)
-        function.argtypes, function.restype = arguments, None
-    return functions
-
-
-def _agrees(functions: ctypes.CDLL) -> bool:
-    """Whether kernels and truth give the same bits, tried on three groups, the last one short."""
-    x, keys = torch.linspace(-1.0, 3.0, 2 * GROUP + 5, device="cpu"), (12345, 678)
-    for bits in BITS:
-        truth, native = pack_groups_slowly(x, bits, keys), _pack_groups(functions, x, bits, keys)
-        same = torch.equal(truth.codes, native.codes) and torch.equal(truth.scales, native.scales)
-        same = same and torch.equal(unpack_groups_slowly(truth, x.dtype), _unpack_groups(functions, native, x.dtype))
-        if not same:
-            return False
-    return True
-
-
 def make_buffer(count: int) -> Tensor:
     """[count] uint8 from the heap."""
     return torch.empty(count, dtype=torch.uint8)
-
-
-def pack_groups(x: Tensor, bits: int, keys: tuple[int, int], allocate: Allocate = make_buffer) -> Groups:
-    """`pack_groups_slowly`, by a kernel where there is one, into buffers from `allocate`.
-
-    Examples:
-        >>> x = torch.linspace(0, 1, 1000)
-        >>> bool((unpack_groups(pack_groups(x, 8, (1, 2)), x.dtype) - x).abs().max() < 1 / 255 / 3)
-        True
-    """
-    functions = _find_functions(x)
-    if functions is None or x.dtype not in NATIVE:
-        return pack_groups_slowly(x, bits, keys)
-    return _pack_groups(functions, x, bits, keys, allocate)
-
-
-def unpack_groups(groups: Groups, dtype: torch.dtype, allocate: Allocate = make_buffer) -> Tensor:
-    """`unpack_groups_slowly`, by a kernel where there is one, into a buffer from `allocate`."""
-    functions = _find_functions(groups.codes)
-    if functions is None or dtype not in NATIVE:
-        return unpack_groups_slowly(groups, dtype)
-    return _unpack_groups(functions, groups, dtype, allocate)
-
-
-def pack_bits(mask: Tensor, allocate: Allocate = make_buffer) -> Tensor:
-    """`pack_bits_slowly`, by a kernel where there is one, into a buffer from `allocate`."""
-    functions = _find_functions(mask)
-    if functions is None:
-        return pack_bits_slowly(mask)
-    codes = allocate(-(-mask.numel() // 8))
-    functions.pack_bits(mask.data_ptr(), mask.numel(), codes.data_ptr())
-    return codes
-
-
-def unpack_bits(codes: Tensor, count: int) -> Tensor:
-    """`unpack_bits_slowly`, by a kernel where there is one."""
-    functions = _find_functions(codes)
-    if functions is None:
-        return unpack_bits_slowly(codes, count)
-    mask = torch.empty(count, dtype=torch.bool)
-    functions.unpack_bits(codes.data_ptr(), count, mask.data_ptr())
-    return mask
-
-
-def _find_functions(x: Tensor) -> ctypes.CDLL | None:
-    return load_library().functions if x.device.type == "cpu" and x.is_contiguous() else None
-
-
-def _pack_groups(
-    functions: ctypes.CDLL, x: Tensor, bits: int, keys: tuple[int, int], allocate: Allocate = make_buffer
-) -> Groups:
-    rows, wide = -(-x.numel() // GROUP), int(x.dtype is torch.float32)
-    codes, scales = allocate(rows * GROUP * bits // 8), allocate(8 * rows).view(torch.float32).view(rows, 2)
-    functions.pack_groups(x.data_ptr(), wide, x.numel(), bits, *keys, codes.data_ptr(), scales.data_ptr())
-    return Groups(codes, scales, x.numel(), bits)
-
-
-def _unpack_groups(
-    functions: ctypes.CDLL, groups: Groups, dtype: torch.dtype, allocate: Allocate = make_buffer
-) -> Tensor:
-    x = allocate(groups.count * dtype.itemsize).view(dtype)
-    codes, scales = groups.codes.data_ptr(), groups.scales.data_ptr()
-    functions.unpack_groups(codes, scales, groups.bits, groups.count, int(dtype is torch.float32), x.data_ptr())
-    return x

@@ -1,27 +1,8 @@
-/* The fast twins of numerics/packing.py, which says what they compute and why. Every number is computed by the same fp32
- * operations in the same order, without contraction (-ffp-contract=off), so that both give the same bits.
- *
- * Loops run over whole groups held in local arrays, so that a compiler turns them into vector instructions by itself. */
-#include <stdint.h>
-#include <string.h>
+/* The fast twins of numerics/packing.py, which says what they compute and why. */
+#include "kernels.h"
 
 #define GROUP 256
 #define LANES 16 /* as many numbers as a vector register holds at most */
-
-typedef struct { uint32_t first, second; } Keys;
-
-static inline float from_bf16(uint16_t half) {
-    uint32_t word = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &word, 4);
-    return x;
-}
-
-static inline uint32_t to_bf16(float x) { /* nearest, ties to even */
-    uint32_t word;
-    memcpy(&word, &x, 4);
-    return (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-}
 
 /* Numbers start ... start + GROUP of the source as fp32; beyond its end the last one again. */
 static inline void load(const void *source, int wide, int64_t start, int64_t count, float *x) {
@@ -58,19 +39,6 @@ static inline int find_range(const float *x, float *low, float *high) {
     return !infinite;
 }
 
-/* numerics/noise: one hash for two neighbours. */
-static inline void draw_noise(Keys keys, int64_t start, int16_t *noise) {
-    uint32_t words[GROUP / 2];
-    uint32_t pair = (uint32_t)(start / 2) + keys.first;
-    for (int i = 0; i < GROUP / 2; i++) {
-        uint32_t x = pair + (uint32_t)i;
-        x = (x ^ x >> 16) * 0x7FEB352Du;
-        x = ((x ^ x >> 15) + keys.second) * 0x846CA68Bu;
-        words[i] = x ^ x >> 16;
-    }
-    memcpy(noise, words, sizeof words);
-}
-
 static inline void pack_group(const float *x, int bits, Keys keys, int64_t start, uint8_t *codes, float *scales) {
     const float levels = (float)((1 << bits) - 1);
     float low, high, step, inverse;
@@ -89,7 +57,7 @@ static inline void pack_group(const float *x, int bits, Keys keys, int64_t start
     scales[0] = low, scales[1] = step;
     int16_t noise[GROUP];
     int32_t chosen[GROUP];
-    draw_noise(keys, start, noise);
+    draw_noise(keys, start, GROUP, noise);
     for (int i = 0; i < GROUP; i++) {
         float draw = (float)noise[i] * 0x1p-16f + (0.5f + 0x1p-17f);
         int32_t code = (int32_t)((x[i] - low) * inverse + draw);

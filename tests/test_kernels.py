@@ -1,0 +1,71 @@
+"""Kernels: compiled once, checked against the truth, and left out without a word where that cannot be done."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfstep.numerics import kernels, packing
+
+
+def test_the_kernels_of_this_machine_run_natively_where_it_has_a_compiler() -> None:
+    has_compiler = any(map(kernels.shutil.which, kernels.COMPILERS))
+    assert packing.KERNELS.describe().startswith("native: " if has_compiler else "torch: no C compiler")
+
+
+def test_without_a_compiler_the_truth_runs_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
+    library = packing.KERNELS.find(tmp_path)
+    assert library.functions is None
+    assert library.why == "no C compiler was found (looked for no-such-compiler)"
+    monkeypatch.setitem(packing.KERNELS.__dict__, "library", library)
+    x = torch.linspace(0, 1, 300)
+    truth = packing.pack_groups_slowly(x, 8, (1, 2))
+    assert torch.equal(packing.pack_groups(x, 8, (1, 2)).codes, truth.codes)
+    assert packing.KERNELS.describe().startswith("torch: no C compiler")
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not any(map(kernels.shutil.which, kernels.COMPILERS)):
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(kernels, "FLAGS", ("-std=c11", "-O0", "-ffp-contract=off", "-fPIC", "-shared"))
+    monkeypatch.setattr(kernels, "TRIES", ((),))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert packing.KERNELS.find(tmp_path / "new" / "folder").functions is not None
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert packing.KERNELS.find(tmp_path / "new" / "folder").functions is not None
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "packing.c"
+    source.write_text(packing.KERNELS.source.read_text("utf-8").replace("(0.5f + 0x1p-17f)", "0.25f"), "utf-8")
+    monkeypatch.setattr(packing.KERNELS, "source", source)
+    library = packing.KERNELS.find(tmp_path)
+    assert library.functions is None
+    assert "does not compute what numerics/packing.py says" in library.why
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_compiler_that_fails_is_named_with_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "packing.c"
+    source.write_text("this is no C;", "utf-8")
+    monkeypatch.setattr(packing.KERNELS, "source", source)
+    library = packing.KERNELS.find(tmp_path)
+    assert library.functions is None
+    assert "failed: " in library.why and "packing.c" in library.why
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_truth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert packing.KERNELS.find(tmp_path / "file").functions is None
