@@ -27,6 +27,7 @@ from helpers import (
     make_cnn,
     make_mlp,
     make_regression_batches,
+    seeded,
 )
 
 PLANS = (*PRESET_NAMES, SPLIT, FP32_MASTER, NO_MASTER)
@@ -408,6 +409,85 @@ def test_bf16_mixed_output_equals_torch_autocast_bit_for_bit() -> None:
         expected = make_cnn()(x)
     with convert(model, Plan.preset("bf16-mixed")) as conversion, conversion.autocast():
         assert torch.equal(model(x), expected)
+
+
+# --- who casts operations
+
+
+class Adding(nn.Module):
+    """Adds up 512 results of 512 each: more than fp16 holds, and less than bf16 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 512, bias=False)
+        nn.init.constant_(self.layer.weight, 64.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.layer(x).sum(dim=-1)
+        return total
+
+
+@pytest.mark.parametrize(
+    "plan", ["16-mixed", "path=0** compute=fp16\ncompute=fp32", "path=0** compute=fp16\ncompute=bf16"]
+)
+def test_sums_in_fp16_on_a_processor_do_not_overflow(plan: str) -> None:
+    model, x = nn.Sequential(Adding()), torch.ones(1, 8)
+    with torch.autocast("cpu", torch.float16):
+        assert model(x).isinf().all()  # what torch does there
+    with convert(model, Plan.parse(plan)) as conversion, conversion.audit() as audit:
+        y = run_backward(conversion, x)
+        assert y.tolist() == [512.0 * 512]
+        assert y.dtype is torch.float32
+        assert audit.computed["0.layer"] == {"fp16": 1}
+        assert conversion.twins["fp16"].name == "OperatorMode"
+    assert model.get_parameter("0.layer.weight").grad is not None
+
+
+@pytest.mark.parametrize(
+    ("plan", "twins"),
+    [
+        ("32-true", {}),
+        ("bf16-mixed", {"bf16": "torch.autocast"}),
+        ("16-mixed", {"fp16": "OperatorMode"}),
+        ("16-true", {"fp16": "OperatorMode"}),
+        ("bf16-true", {"bf16": "torch.autocast"}),
+        ("path=0 compute=fp16\ncompute=bf16", {"bf16": "torch.autocast", "fp16": "OperatorMode"}),
+    ],
+)
+def test_who_casts_operations_is_said_with_the_reason(plan: str, twins: dict[str, str]) -> None:
+    with convert(make_mlp(), Plan.parse(plan)) as conversion:
+        assert {format: twin.name for format, twin in conversion.twins.items()} == twins
+        said = conversion.describe_operations()
+    assert [line.partition(":")[0] for line in said] == [f"{format} by {name}" for format, name in twins.items()]
+    assert all("overflow" in line for line in said if "OperatorMode" in line)
+
+
+@pytest.mark.parametrize("plan", ["16-mixed", "16-true"])
+def test_fp16_on_a_processor_keeps_transformers_and_compiled_models_whole(plan: str) -> None:
+    def make() -> nn.Module:
+        with seeded(0):
+            return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    results = []
+    with seeded(1):
+        x = torch.randn(2, 3, 8)
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager")):
+        torch._dynamo.reset()
+        with convert(make(), Plan.preset(plan)) as conversion:
+            run: Any = wrap(conversion.model)
+            with conversion.autocast():
+                loss = run(x).float().square().sum()
+            with conversion.stand_by():
+                loss.backward()
+            results.append(
+                [loss.detach(), *(p.grad.float() for p in conversion.model.parameters() if p.grad is not None)]
+            )
+    assert len(results[0]) == len(results[1]) == 1 + len(list(make().parameters()))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        truth = make()(x).square().sum()
+    torch.testing.assert_close(results[0][0], truth, rtol=1e-2, atol=0)
 
 
 def test_integer_and_double_buffers_and_frozen_parameters_survive() -> None:

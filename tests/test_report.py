@@ -241,6 +241,13 @@ class TestTables:
         assert "blocks.0.attention_norm" in words
         assert "the sentence about the whole" in text
 
+    def test_a_plan_says_who_casts_operations(self) -> None:
+        said = "fp16 by OperatorMode: sums overflow in torch's list"
+        plan = PlanRecord(step=0, plan="", layers=(), operations=(said,))
+        assert f"operations in {said}" in render(show_plan(plan), width=200)
+        arms = [make_arm("fp32", "reference"), replace(make_arm("halfstep"), plan=plan)]
+        assert "Operations in fp16 by OperatorMode: sums overflow" in render_page(make_comparison(arms))
+
     def test_a_profile_fits_80_columns_with_every_format_and_verdict(self) -> None:
         statuses: list[Literal["native", "emulated", "slower", "unsupported"]]
         statuses = ["native", "emulated", "slower", "unsupported"]

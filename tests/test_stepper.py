@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LRScheduler, SequentialLR, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from halfstep import stepper as stepper_module
 from halfstep.checkpoint import change_plan, pack, unpack
@@ -2036,9 +2037,63 @@ def test_saved_window_does_not_change_with_the_next_micro_batch() -> None:
     torch.testing.assert_close(state["window"]["gradients"], before["window"]["gradients"], rtol=0, atol=0)
 
 
-def test_steps_inside_one_autocast_block_see_new_weights() -> None:
+class Checkpointed(nn.Module):
+    """Computes its middle again in the backward pass, in what the forward pass computed it in, or autograd complains."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.inner, self.reentrant = make_mlp(), reentrant
+
+    def middle(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x).sum(dim=-1, keepdim=True).exp()
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.middle(x)
+        y: Tensor = checkpoint(lambda x: self.middle(x), x.clone().requires_grad_(), use_reentrant=self.reentrant)
+        return y
+
+
+@pytest.mark.parametrize("way", ["step", "accumulate", "closure", "release"])
+@pytest.mark.parametrize("plan", ["16-mixed", "path=0** compute=fp16\ncompute=bf16", "compute=fp16 cast=unit"])
+def test_fp16_on_a_processor_is_checkpointed_as_it_is_computed(plan: str, way: str) -> None:
+    x, y = make_regression_batches(1)[0]
+    results = []
+    for reentrant in (None, True, False):
+        model = nn.Sequential(Checkpointed(reentrant))
+        given = replace(Plan.parse(plan), loss_scale="none")
+        accumulate, release = 2 if way == "accumulate" else 1, way == "release"
+        optimizer = SGD(model.parameters(), lr=0.1)
+        stepper = prepare(model, optimizer, given, accumulate=accumulate, release=release)
+
+        def compute(stepper: Stepper = stepper) -> Tensor:
+            with stepper.autocast():
+                return F.mse_loss(stepper.model(x).float(), y[:, :1])
+
+        for _ in range(2):
+            outcome = stepper.step(closure=compute) if way == "closure" else stepper.step(compute())
+        assert outcome.applied
+        results.append(copy_weights(model))
+    for result in results[1:]:
+        assert_same(result, results[0])
+    assert not torch.equal(results[0]["0.inner.0.weight"], make_mlp().get_parameter("0.weight"))
+
+
+def test_the_record_of_a_plan_says_who_casts_operations() -> None:
     model = make_mlp()
-    stepper = prepare(model, SGD(model.parameters(), lr=0.5), "bf16-mixed")
+    stepper = prepare(model, make_adamw(model), "16-mixed")
+    assert stepper.plan_record is not None
+    (said,) = stepper.plan_record.operations
+    assert said.startswith("fp16 by OperatorMode: torch's list for cpu leaves exp")
+    stepper.adopt(Plan.preset("32-true"))
+    assert stepper.plan_record.operations == ()
+
+
+@pytest.mark.parametrize("plan", ["bf16-mixed", "16-mixed", "states=8-bit\ncompute=fp16", "compute=fp16 cast=unit"])
+def test_steps_inside_one_autocast_block_see_new_weights(plan: str) -> None:
+    model = make_mlp()
+    stepper = prepare(model, SGD(model.parameters(), lr=0.5), plan)
     x, y = make_regression_batches(1)[0]
     losses = []
     with stepper.autocast():

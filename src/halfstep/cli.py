@@ -205,7 +205,11 @@ def plan(
     else:
         chosen = read_plan(loaded.precision)
     with convert(model, chosen) as conversion:
-        console.print(show_plan(records.PlanRecord(step=0, plan=str(chosen), layers=conversion.describe(), why=why)))
+        operations = conversion.describe_operations()
+        layers = conversion.describe()
+        console.print(
+            show_plan(records.PlanRecord(step=0, plan=str(chosen), layers=layers, why=why, operations=operations))
+        )
     if save is not None:
         chosen.save(save)
 

@@ -4,7 +4,9 @@
     every module's own parameters -> storage format   through MasterWeights, parameter objects stay the same
     modules whose format differs from the one around them, and units of `cast = "unit"` -> Unit
     modules whose products are scaled, or emulated -> ProductUnit, inside which torch's functions are replaced
-    the rest of the model runs under one autocast     `cast = "op"`: Conversion.autocast()
+    the rest of the model runs under one autocast     `cast = "op"`: Conversion.autocast(); backward: Conversion.stand_by()
+
+Operations are cast by torch.autocast or by OperatorMode, as `operators.choose_twin` has it for the format and the device.
 
 `state_dict()` of a converted model has the same keys and holds the fp32 truth; `load_state_dict()` takes fp32. Undoing
 gives back the same parameter objects in fp32 and the same classes.
@@ -30,18 +32,18 @@ from halfstep.feasibility import (
 from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import (
     DTYPES,
+    Block,
     Gate,
     NormUnit,
     ProductUnit,
     ScaledUnit,
     Unit,
-    autocast,
     find_kind,
     make_unit,
     undo_unit,
 )
 from halfstep.mechanisms.master_weights import MasterWeights
-from halfstep.mechanisms.operators import OperatorMode
+from halfstep.mechanisms.operators import OperatorMode, Twin, cast_operations, choose_twin
 from halfstep.mechanisms.replacements import (
     read_products,
     replace_functions,
@@ -72,6 +74,10 @@ class Conversion:
         self.keeper = Keeper(model, saved) if any(saved.values()) else None
         self._undo = ExitStack()
         self._around = name_around(self.table[""]) if self.table[""].cast == "op" else "fp32"
+        self.twins: dict[str, Twin] = {}  # 16-bit format -> who casts operations to it in this model, and why
+        self._modes: dict[str, OperatorMode] = {}  # of the formats for which torch.autocast will not do
+        if self._around != "fp32":
+            self._find_mode(self._around)
         self.storage = self._agree_on_storage()
 
     def list_autocast_weights(self) -> set[nn.Parameter]:
@@ -99,7 +105,26 @@ class Conversion:
             yield
 
     def _cast_operations(self) -> AbstractContextManager[Any]:
-        return autocast(self.device_type, self._around) if self._around != "fp32" else nullcontext()
+        if self._around == "fp32":
+            return nullcontext()
+        mode = self._modes.get(self._around)
+        return cast_operations(self._around, self.device_type) if mode is None else mode.opened()
+
+    @contextmanager
+    def stand_by(self) -> Iterator[None]:
+        """What a backward pass runs under, so that activation checkpointing computes again what the forward pass computed."""
+        with ExitStack() as stack:
+            for mode in self._modes.values():
+                stack.enter_context(mode.stand_by())
+            yield
+
+    def _find_mode(self, compute: str) -> OperatorMode | None:
+        """The mode that casts operations to a 16-bit format; None where torch.autocast does."""
+        if compute not in self.twins:
+            self.twins[compute] = choose_twin(compute, self.device_type)
+            if self.twins[compute].name == "OperatorMode":
+                self._modes[compute] = OperatorMode(compute, self.device_type)
+        return self._modes.get(compute)
 
     def audit(self) -> Audit:
         """A `with` block that sees what really runs: formats of all products, and every cast.
@@ -125,6 +150,15 @@ class Conversion:
                                 parameters=own, why=s.why, grad=s.grad, saved="" if path in self.products else s.saved)
                 )  # fmt: skip
         return tuple(records)
+
+    def describe_operations(self) -> tuple[str, ...]:
+        """For each 16-bit format that operations are cast to: who casts them, and why.
+
+        Examples:
+            >>> convert(nn.Linear(2, 2), Plan.preset("bf16-mixed")).describe_operations()
+            ("bf16 by torch.autocast: in bf16 torch's list for cpu departs from the table in no range",)
+        """
+        return tuple(f"{format} by {twin.name}: {twin.why}" for format, twin in self.twins.items())
 
     def share_quantized_weights(self) -> None:
         """From now on products share `quantized`, which the caller clears whenever weights have changed."""
@@ -226,11 +260,18 @@ class Conversion:
         else:
             unit = Gate
         if unit is not Gate or output:
-            make_unit(module, unit, self.device_type, settings.compute, output)
+            make_unit(
+                module, unit, self.device_type, settings.compute, output, self._choose_inside(unit, settings.compute)
+            )
             self._undo.callback(undo_unit, module)
         if isinstance(module, nn.TransformerEncoderLayer) and any(s.compute != "fp32" for s in self.table.values()):
             # torch's inference shortcut reads the weights past their modules; a hook keeps it off
             self._undo.callback(module.register_forward_pre_hook(lambda *_: None).remove)
+
+    def _choose_inside(self, unit: type[Unit], compute: str) -> Block | None:
+        """What a unit's forward runs in; None for torch's autocast, and for units that open none or fp32's."""
+        mode = self._find_mode(compute) if unit in (Unit, ScaledUnit) and compute != "fp32" else None
+        return None if mode is None else mode.opened
 
     def _replaces_products(self, path: str, module: nn.Module) -> bool:
         """Whether a module's products are other than torch's own in its compute format."""
@@ -240,9 +281,9 @@ class Conversion:
         """Between the products a module keeps to the format around it; so do its results."""
         settings, around = self.table[path], self._find_surroundings(path)
         state = self.products[path] = ProductState(number=len(self.products))
-        make_unit(module, ProductUnit, self.device_type, around, settings.output)
         functions = replace_functions(read_products(settings), state)
-        module.__dict__["_halfstep_inside"] = OperatorMode(around, self.device_type, functions).opened
+        inside = OperatorMode(around, self.device_type, functions).opened
+        make_unit(module, ProductUnit, self.device_type, around, settings.output, inside)
         self._undo.callback(undo_unit, module)
 
     def _find_surroundings(self, path: str) -> str:

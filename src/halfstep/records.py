@@ -213,6 +213,7 @@ class PlanRecord(Record):
     layers: tuple[LayerRecord, ...]
     why: str = ""
     seconds: float = 0.0  # time that choosing it took
+    operations: tuple[str, ...] = ()  # for each 16-bit format that operations are cast to: who casts them, and why
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -354,12 +354,18 @@ class Stepper:
         plan = self.plan
         self._window.histories = self.conversion.histories
         self._window.autocast_weights = self.conversion.list_autocast_weights()
+        self._window.stand_by = self.conversion.stand_by
         self._rescue.forget_state()
         self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         self.plan_record = PlanRecord(
-            step=self.applied, plan=str(plan), layers=self.conversion.describe(), why=why, seconds=seconds
+            step=self.applied,
+            plan=str(plan),
+            layers=self.conversion.describe(),
+            why=why,
+            seconds=seconds,
+            operations=self.conversion.describe_operations(),
         )
 
     def restore(self) -> nn.Module:

@@ -8,7 +8,7 @@ reduction over gradients and losses.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Window:
         self.histories = Histories({})  # of the plan's delayed scales
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
+        self.stand_by: Callable[[], AbstractContextManager[Any]] = nullcontext  # what backward passes run under
         self.autocast_weights: set[nn.Parameter] = set()  # which autocast should bring to 16 bits
         self.is_wrapped = False  # whether forward passes come through DistributedDataParallel
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
@@ -108,7 +109,7 @@ class Window:
                 )
         # another model's gradients stay its own business, as in the generator's step of a GAN
         inputs = [p for p in self.held if p.requires_grad] if self._has_strangers else None
-        with self.dropped_on_error():
+        with self.dropped_on_error(), self.stand_by():
             try:
                 (loss.to(torch.float32) * factor).backward(inputs=inputs)
             except RuntimeError as error:

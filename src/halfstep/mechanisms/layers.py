@@ -6,7 +6,7 @@ itself; undoing gives the class back. torch's parametrizations and FSDP2 work th
     inputs -> compute format;  the original forward, under an autocast of its own;  result -> output format
 
 The autocast around it also converts the weights that the products read; a weight that is already stored in the compute
-format is not touched.
+format is not touched. Where torch's autocast will not do, a unit is given another block that stands in for it.
 """
 
 import warnings
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from halfstep.errors import PrecisionWarning
 
+Block = Callable[[], AbstractContextManager[Any]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
@@ -60,13 +61,16 @@ def autocast(device_type: str, compute: str, *, cache: bool = True) -> AbstractC
 
 
 class Unit:
-    """What the subclasses share. `_halfstep` holds (original class, device type, compute, output)."""
+    """What the subclasses share. `_halfstep` holds (original class, device type, compute, output), `_halfstep_inside` opens
+    the block that the original forward runs in, where that is not torch's autocast."""
 
     _halfstep: tuple[type[nn.Module], str, str, str]
+    _halfstep_inside: Block | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, device_type, compute, output = self._halfstep
-        with autocast(device_type, compute, cache=False):
+        inside = self._halfstep_inside
+        with autocast(device_type, compute, cache=False) if inside is None else inside():
             args, kwargs = cast_floats((args, kwargs), DTYPES[compute])
             result = original.forward(self, *args, **kwargs)
         return cast_floats(result, DTYPES[output]) if output else result
@@ -81,13 +85,13 @@ class Gate(Unit):
 
 
 class ProductUnit(Unit):
-    """A unit inside which torch's product functions are replaced, by the block that `_halfstep_inside` opens.
+    """A unit inside which torch's product functions are replaced, by the block that it is given.
 
     It converts no inputs: a product rounds its operands itself, from the numbers as they are. Its result is in the format
     of the autocast around it; where that was forgotten, in fp32 like everything else there.
     """
 
-    _halfstep_inside: Callable[[], AbstractContextManager[Any]]
+    _halfstep_inside: Block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, device_type, around, output = self._halfstep
@@ -189,10 +193,14 @@ class NormUnit(Unit):
             parameters.update(stored)
 
 
-def make_unit(module: nn.Module, base: type[Unit], device_type: str, compute: str, output: str) -> None:
-    """Turn a module into a unit, in place."""
+def make_unit(
+    module: nn.Module, base: type[Unit], device_type: str, compute: str, output: str, inside: Block | None = None
+) -> None:
+    """Turn a module into a unit, in place. inside: opens the block that its forward runs in, in place of torch's autocast."""
     original = type(module)
     module.__dict__["_halfstep"] = (original, device_type, compute, output)
+    if inside is not None:
+        module.__dict__["_halfstep_inside"] = inside
     module.__class__ = type(original.__name__, (base, original), {"__module__": original.__module__})
 
 
