@@ -49,6 +49,7 @@ SPINE = [
     "machine.runtime",
     "snapshot",
     "distributed",
+    "insides",
     "mechanisms.layers",
     "mechanisms.operators",
     "mechanisms.replacements",

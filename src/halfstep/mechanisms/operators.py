@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import UnsupportedError, describe_unknown
+from halfstep.insides import BACKWARD, INSIDES
 from halfstep.numerics.operations import DIFFERENCES, TABLE, Policy
 
 Function = Callable[..., Any]
@@ -243,9 +244,9 @@ class _Follower(TorchFunctionMode):
 
         A backward pass always sees it: it may call what restores autocast's state by itself.
         """
-        inside = _INSIDE.get(func)
+        inside = INSIDES.get(func)
         is_left = any(kind not in (Tensor, torch.nn.Parameter) for kind in types)  # to a class that looks after it
-        if inside is None or is_left or not (func in _BACKWARD or self._decides()):
+        if inside is None or is_left or not (func in BACKWARD or self._decides()):
             is_traced = func is Tensor.unflatten and torch.compiler.is_compiling()  # which cannot trace it under a mode
             return torch.unflatten(*args, **kwargs) if is_traced else func(*args, **kwargs)
         with self:
@@ -289,7 +290,6 @@ def _list_dtypes(values: Any) -> Iterator[torch.dtype]:
 
 
 _NAMED = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 def _find_policy(func: Any) -> Policy | None:
@@ -307,30 +307,6 @@ def _respell(replacements: Mapping[Function, Function]) -> dict[Function, Functi
         if function in spellings:
             respelled |= {other: replacement for other in spellings if other is not None}
     return respelled | dict(replacements)
-
-
-def _open_functions(*functions: Function) -> Iterator[tuple[Function, Function]]:
-    """Functions of torch's that are written in Python, each with a copy that does not ask whether a mode wants it, so
-    that a mode can run its inside.
-    """
-    worlds: dict[str, dict[str, Any]] = {}  # module -> its globals, in which nobody asks
-    for function in functions:
-        if isinstance(function, FunctionType) and any(word in _ASKING for word in function.__code__.co_names):
-            world = worlds.setdefault(function.__module__, function.__globals__ | dict.fromkeys(_ASKING, _say_no))
-            inside = FunctionType(
-                function.__code__, world, function.__name__, function.__defaults__, function.__closure__
-            )
-            inside.__kwdefaults__ = function.__kwdefaults__
-            yield function, inside
-
-
-def _say_no(*_: Any) -> bool:
-    return False
-
-
-_ASKING = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-_INSIDE = dict(_open_functions(*vars(F).values(), *vars(torch.functional).values(), *_BACKWARD))
-"""Methods of Tensor are left out: they ask, and go on to a method of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
