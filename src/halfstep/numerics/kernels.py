@@ -7,6 +7,9 @@ A source is compiled once a machine (a few seconds), kept in the user's cache fo
 flags and processor, and compared with the truth before it is used. Without a C compiler, on another device and for other
 dtypes the truth runs itself; `Kernels.describe` says which it is.
 
+A kernel reads memory directly. Where something has to see the operations themselves (torch.compile, torch.func, a dispatch
+mode, a subclass of Tensor), `find_obstacle` says so, and torch's own function runs.
+
 Kernels run on torch's own OpenMP threads where torch is built with the compiler's OpenMP, as on Linux.
 """
 
@@ -26,6 +29,7 @@ from typing import Any
 import platformdirs
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HOME = Path(__file__).parent
 HEADER = HOME / "kernels.h"
@@ -39,6 +43,7 @@ FLAGS = (
     "-shared",
 )
 TRIES = (("-march=native", "-fopenmp"), ("-march=native",), ())
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 Allocate = Callable[[int], Tensor]  # bytes -> [bytes] uint8 on the processor
 
 POINTER, INT, COUNT, WORD, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
@@ -143,3 +148,36 @@ def _describe_processor() -> str:
 def make_buffer(count: int) -> Tensor:
     """[count] uint8 from the heap."""
     return torch.empty(count, dtype=torch.uint8)
+
+
+def find_obstacle(*tensors: Tensor, dtypes: Sequence[torch.dtype]) -> str:
+    """Why a kernel cannot stand in for torch's function on these tensors, here and now; "" where it can.
+
+    Examples:
+        >>> find_obstacle(torch.ones(1), dtypes=[torch.bfloat16])
+        'dtype float32'
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses it"
+    return _find_watcher() or next(filter(None, (_find_fault(t, dtypes) for t in tensors)), "")
+
+
+def _find_watcher() -> str:
+    """What has to see each of torch's operations."""
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "torch.jit records it"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms it"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode watches it"
+    return "forward-mode derivatives" if forward_ad._current_level >= 0 else ""
+
+
+def _find_fault(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str:
+    if type(tensor) not in PLAIN:
+        return f"a {type(tensor).__name__}"
+    if tensor.device.type != "cpu":
+        return f"device {tensor.device.type}"
+    if tensor.layout != torch.strided or tensor.is_neg():
+        return f"layout {tensor.layout}" if tensor.layout != torch.strided else "a lazily negated view"
+    return "" if tensor.dtype in dtypes else f"dtype {str(tensor.dtype).removeprefix('torch.')}"
