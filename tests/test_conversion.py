@@ -511,6 +511,17 @@ def test_description_names_storage_master_and_reason_of_every_layer() -> None:
     assert (layers["2"].compute, layers["2"].storage) == ("fp32", "fp32")
 
 
+def test_description_names_scales_and_products_of_their_own() -> None:
+    def describe(plan: str) -> list[tuple[str, str, str]]:
+        with convert(make_mlp(), Plan.parse(plan)) as conversion:
+            return [(layer.grad_input, layer.grad_weight, layer.scaling) for layer in conversion.describe()]
+
+    assert describe("int8-mixed") == [("", "", ""), ("", "bf16", "row"), ("", "", "")]
+    assert describe("fp8-mixed") == [("", "", "")] * 3
+    delayed = "path=4 compute=fp8_e4m3 grad_input=bf16 scaling=delayed\ncompute=bf16 scaling=row grad_weight=bf16"
+    assert describe(delayed) == [("", "", ""), ("", "", ""), ("bf16", "", "delayed")]
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_deep_copy_of_a_converted_model_trains_apart_from_its_original(plan: str) -> None:
     model = make_mlp()

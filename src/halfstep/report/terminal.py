@@ -28,7 +28,7 @@ def _table(*columns: str, title: str = "") -> Table:
         table.add_column(
             column.lstrip(">"),
             justify="right" if right else "left",
-            no_wrap=column not in ("why", "module"),
+            no_wrap=column not in ("why", "module", "compute"),
             overflow="fold",
         )
     return table
@@ -97,9 +97,21 @@ def show_plan(plan: PlanRecord) -> RenderableType:
 
 
 def describe_compute(layer: LayerRecord) -> str:
-    """Formats of products and saved activations in words: "bf16", or "fp8_e4m3, gradient fp8_e5m2, saves int8"."""
-    grad = f", gradient {layer.grad}" if layer.grad not in ("", layer.compute) else ""
-    return f"{layer.compute}{grad}{f', saves {layer.saved}' if layer.saved else ''}"
+    """Formats of products and saved activations in words, without those that follow from what was said.
+
+    Examples:
+        >>> describe_compute(LayerRecord(path="fc", kind="linear", compute="int8", storage="fp32", master="none", parameters=4,
+        ...                              grad="int8", grad_weight="bf16", scaling="row", saved="int4"))
+        'int8, grad_weight bf16, scales by row, saves int4'
+    """
+    grad = layer.grad or layer.compute
+    words = [layer.compute, f"gradient {grad}" if grad != layer.compute else ""]
+    for product in ("grad_input", "grad_weight"):
+        own = getattr(layer, product)
+        words.append(f"{product} {own}" if own and not own == grad == layer.compute else "")
+    if layer.scaling:
+        words.append("delayed scales" if layer.scaling == "delayed" else f"scales by {layer.scaling}")
+    return ", ".join(filter(None, [*words, f"saves {layer.saved}" if layer.saved else ""]))
 
 
 def describe_storage(layer: LayerRecord) -> str:
