@@ -1,5 +1,6 @@
 """Records as tables for the terminal."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -167,12 +168,18 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
 
 def show_harms(arm: ArmResult, count: int = 10) -> Table:
     """The layers of a rehearsal that change the gradient most."""
-    worst = sorted(arm.harms, key=lambda harm: harm.sqnr_db)[:count]
+    worst = rank_harms(arm)[:count]
     title = f"{arm.name}: what a layer's formats do to the model's gradient, the worst {len(worst)} of {len(arm.harms)}"
     table = _table("module", "format", ">SQNR in dB", ">error, batches = 1", title=title)
-    for harm in worst:
-        table.add_row(harm.path, harm.compute, f"{harm.sqnr_db:.1f}", f"{harm.error / harm.noise:.2g}")
+    for cells in worst:
+        table.add_row(*cells)
     return table
+
+
+def rank_harms(arm: ArmResult) -> list[tuple[str, str, str, str]]:
+    """The layers of a rehearsal in words, the worst first: module, format, SQNR in dB, error over that between batches."""
+    worst = sorted(arm.harms, key=lambda harm: harm.error if math.isfinite(harm.error) else math.inf, reverse=True)
+    return [(h.path, h.compute, f"{h.sqnr_db:.1f}", f"{h.error / h.noise:.2g}") for h in worst]
 
 
 def describe_arm(arm: ArmResult) -> dict[str, str]:
