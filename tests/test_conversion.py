@@ -310,7 +310,7 @@ def test_one_fp32_layer_in_a_bf16_model_really_runs_in_fp32(plan: str) -> None:
         assert model[2].weight.dtype is torch.float32
     ran = {path: set(counts) for path, counts in audit.computed.items()}
     assert (ran["0"], ran["2"], ran["4"]) == ({"bf16"}, {"fp32"}, {"bf16"})
-    assert ran["(backward)"] == {"bf16", "fp32"}
+    assert [ran[f"{path} (backward)"] for path in "024"] == [{"bf16"}, {"fp32"}, {"bf16"}]
 
 
 def test_one_bf16_layer_in_an_fp32_model_really_runs_in_bf16() -> None:
@@ -509,6 +509,17 @@ def test_description_names_storage_master_and_reason_of_every_layer() -> None:
     assert (layers["0"].kind, layers["0"].storage, layers["0"].master) == ("linear", "bf16", "split")
     assert (layers["0"].why, layers["0"].parameters) == ("measured faster", 8 * 16 + 16)
     assert (layers["2"].compute, layers["2"].storage) == ("fp32", "fp32")
+
+
+def test_description_names_scales_and_products_of_their_own() -> None:
+    def describe(plan: str) -> list[tuple[str, str, str]]:
+        with convert(make_mlp(), Plan.parse(plan)) as conversion:
+            return [(layer.grad_input, layer.grad_weight, layer.scaling) for layer in conversion.describe()]
+
+    assert describe("int8-mixed") == [("", "", ""), ("", "bf16", "row"), ("", "", "")]
+    assert describe("fp8-mixed") == [("", "", "")] * 3
+    delayed = "path=4 compute=fp8_e4m3 grad_input=bf16 scaling=delayed\ncompute=bf16 scaling=row grad_weight=bf16"
+    assert describe(delayed) == [("", "", ""), ("", "", ""), ("bf16", "", "delayed")]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from halfstep.control.monitor import BACKWARD, Audit, follow_modules, name_dtype, observe_shapes
 from halfstep.conversion import convert
@@ -41,7 +42,8 @@ def test_audit_sees_products_of_both_passes_in_16_bits(name: str, plan: str, for
     build, shape, path = MODELS[name]
     audit = audit_training(build(), torch.randn(*shape), plan)
     assert set(audit.computed[path]) == {format}
-    assert set(audit.computed[BACKWARD]) == {format}
+    assert set(audit.computed[f"{path} {BACKWARD}"]) == {format}
+    assert BACKWARD not in audit.computed
     assert any(target == format for _, _, target in audit.casts)
 
 
@@ -63,7 +65,8 @@ def test_audit_counts_every_product_of_a_linear_layer() -> None:
     audit = audit_training(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), torch.randn(3, 8), "32-true")
     assert audit.computed["0"]["fp32"] == 1
     assert audit.computed["1"]["fp32"] == 1
-    assert audit.computed[BACKWARD]["fp32"] == 3  # the first layer's input needs no gradient
+    assert audit.computed[f"0 {BACKWARD}"]["fp32"] == 1  # the first layer's input needs no gradient
+    assert audit.computed[f"1 {BACKWARD}"]["fp32"] == 2
 
 
 def test_audit_counts_casts_and_converted_numbers() -> None:
@@ -112,7 +115,56 @@ def test_audit_names_layers_right_after_an_exception_inside_its_block() -> None:
             model(torch.randn(2, 7))
         audit.computed.clear()
         model(torch.randn(2, 8)).sum().backward()
-    assert set(audit.computed) == {"0", "2", "4", BACKWARD}
+    assert set(audit.computed) == {name for path in "024" for name in (path, f"{path} {BACKWARD}")}
+
+
+class Mixing(nn.Module):
+    """Products of its own around those of a layer that it uses twice, one time checkpointed."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant = nn.Linear(4, 4), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        own = x @ x.T
+        again: Tensor = checkpoint(self.layer, own, use_reentrant=self.reentrant)
+        return again
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_audit_names_the_layer_whose_forward_a_backward_product_belongs_to(reentrant: bool) -> None:
+    model = Mixing(reentrant)
+    with Audit(model) as audit:
+        (model(torch.randn(4, 4, requires_grad=True)) @ torch.ones(4, 1)).sum().backward()
+    backward = {path: sum(counts.values()) for path, counts in audit.computed.items() if BACKWARD in path}
+    # a product outside of the model counts twice, since nothing tells its forward from its backward pass
+    assert backward == {BACKWARD: 2, f"layer {BACKWARD}": 4, f"(model) {BACKWARD}": 2}
+
+
+def test_audit_names_no_layer_for_nodes_from_before_its_block() -> None:
+    model = make_mlp()
+    loss = model(torch.randn(2, 8)).sum()
+    with Audit(model) as audit:
+        loss.backward()
+    assert set(audit.computed) == {BACKWARD}
+
+
+def test_audit_names_layers_of_accumulated_and_replayed_passes() -> None:
+    model, x = make_mlp(), torch.randn(2, 8)
+    with Audit(model) as audit:
+        losses = [model(x).sum() for _ in range(2)]
+        for loss in losses:
+            loss.backward(retain_graph=True)
+            loss.backward()
+    counts = {path: counts["fp32"] for path, counts in audit.computed.items() if BACKWARD in path}
+    assert counts == {f"0 {BACKWARD}": 4, f"2 {BACKWARD}": 8, f"4 {BACKWARD}": 8}
+
+
+def test_audit_says_which_layers_backward_casts() -> None:
+    audit = audit_training(nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8), "bf16-mixed")
+    assert audit.cast_numbers[f"0 {BACKWARD}", "bf16", "fp32"] == 8 * 4 + 4  # the gradients of weight and bias
+    assert f"0 {BACKWARD}: cast bf16 -> fp32" in str(audit)
 
 
 def test_audit_does_not_change_results() -> None:

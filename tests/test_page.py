@@ -4,12 +4,13 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halfstep.records import ArmResult, ComparisonRecord, LayerRecord, PlanRecord, Point
+from halfstep.records import ArmResult, ComparisonRecord, HarmRecord, LayerRecord, PlanRecord, Point
 from halfstep.report.page import write_page
 
 pytestmark = pytest.mark.browser
@@ -50,6 +51,16 @@ def make_comparison() -> ComparisonRecord:
         seconds=300, arms=arms, command="halfstep compare text-generation --data /home/someone/experiments/corpora/gutenberg",
         control="not trained, +3.53 bit", gate_works=True, speedup=arms[3].speedup, memory_ratio=arms[3].memory_ratio,
     )  # fmt: skip
+
+
+def make_rehearsal() -> ComparisonRecord:
+    comparison = make_comparison()
+    harms = tuple(
+        HarmRecord(path=f"blocks.{i}.attention.project", compute="fp8_e4m3", error=error, noise=0.5)
+        for i, error in enumerate((0.001, math.nan, 0.25, *[1e-5] * 40))
+    )
+    arms = tuple(replace(arm, harms=harms) if arm.name == "halfstep" else arm for arm in comparison.arms)
+    return replace(comparison, arms=arms)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,16 @@ def at_desk(browser: Any) -> Any:
     """The browser with a window of 1280 x 900, whatever a test did before."""
     set_size(browser, 1280, 900)
     return browser
+
+
+@pytest.fixture
+def at_rehearsal(at_desk: Any, page: Path) -> Iterator[Any]:
+    """The browser with the page of a rehearsal, which stands beside the other."""
+    rehearsal = page.with_name("rehearsal.html")
+    write_page(make_rehearsal(), rehearsal)
+    at_desk.get(rehearsal.as_uri())
+    yield at_desk
+    at_desk.get(page.as_uri())
 
 
 def set_size(browser: Any, width: int, height: int) -> None:
@@ -175,6 +196,36 @@ def test_the_plans_layers_are_listed(at_desk: Any) -> None:
     text = at_desk.execute_script("return document.querySelector('details[open]').innerText")
     assert "blocks.0.attention.project" in text
     assert "bf16 + split" in text
+
+
+def test_a_rehearsal_lists_the_harm_of_every_layer_the_worst_first(at_rehearsal: Any) -> None:
+    script = (
+        "return [...document.querySelectorAll('.harms tbody tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
+    )
+    rows = at_rehearsal.execute_script(script)
+    assert len(rows) == 43
+    assert rows[:3] == [
+        ["blocks.1.attention.project", "fp8_e4m3", "nan", "nan"],
+        ["blocks.2.attention.project", "fp8_e4m3", "6.0", "0.5"],
+        ["blocks.0.attention.project", "fp8_e4m3", "30.0", "0.002"],
+    ]
+    assert all(width > 20 and height > 10 for width, height in measure_boxes(at_rehearsal, ".harms td"))
+
+
+def test_the_harms_of_a_rehearsal_stand_in_columns_and_never_scroll_the_document(at_rehearsal: Any) -> None:
+    script = """return [...document.querySelectorAll('.harms tr')].map(r => [...r.cells].map(
+        c => Math.round(c.getBoundingClientRect().right)))"""
+    assert len({tuple(row) for row in at_rehearsal.execute_script(script)}) == 1
+    assert read_colour(at_rehearsal, ".harms td.number", "textAlign") == "right"
+    set_size(at_rehearsal, 360, 800)
+    wide, seen = at_rehearsal.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert wide <= seen
+
+
+def test_a_comparison_that_is_no_rehearsal_has_no_harms(at_desk: Any) -> None:
+    assert measure_boxes(at_desk, ".harms") == []
 
 
 def test_no_request_leaves_the_file(browser: Any, page: Path) -> None:

@@ -116,6 +116,17 @@ def test_record_with_no_field_at_its_default_comes_back(kind: type[Record]) -> N
     assert same(decode(encode(record)), record)
 
 
+def test_plans_from_before_scales_and_operations_were_written_are_read() -> None:
+    line = (
+        '{"schema":1,"record":"PlanRecord","step":0,"plan":"int8-mixed","layers":[{"path":"fc","kind":"linear","compute":"int8",'
+        '"storage":"fp32","master":"none","parameters":4,"why":"","grad":"int8","saved":""}],"why":"","seconds":0.0}'
+    )
+    plan = decode(line)
+    assert isinstance(plan, records.PlanRecord)
+    assert plan.operations == ()
+    assert (plan.layers[0].grad, plan.layers[0].scaling, plan.layers[0].grad_weight) == ("int8", "", "")
+
+
 @pytest.mark.parametrize("kind", records.KINDS.values(), ids=list(records.KINDS))
 def test_any_record_comes_back_from_one_line(kind: type[Record]) -> None:
     @settings(max_examples=25, deadline=None, database=None)

@@ -37,7 +37,7 @@ from halfstep.report.charts import Line, choose_ticks, draw_bars, draw_lines
 from halfstep.report.page import render_page
 from halfstep.report.progress import follow_comparison, follow_run
 from halfstep.report.tensorboard import TensorBoard
-from halfstep.report.terminal import conclude, group_layers, show_comparison, show_plan, show_profile
+from halfstep.report.terminal import conclude, describe_compute, group_layers, show_comparison, show_plan, show_profile
 from halfstep.training import Metric
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -479,3 +479,29 @@ class TestRehearsal:
                             grad="fp8_e5m2", saved="int8")  # fmt: skip
         shown = render(show_plan(PlanRecord(step=0, plan="", layers=(layer,))))
         assert "fp8_e4m3, gradient fp8_e5m2, saves int8" in shown
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({}, "int8"),
+            ({"grad": "int8", "grad_input": "int8", "grad_weight": "int8"}, "int8"),
+            ({"grad_weight": "bf16", "scaling": "row"}, "int8, grad_weight bf16, scales by row"),
+            (
+                {"grad": "bf16", "grad_input": "int8", "scaling": "delayed"},
+                "int8, gradient bf16, grad_input int8, delayed scales",
+            ),
+        ],
+    )
+    def test_products_of_their_own_are_shown_where_they_say_something(
+        self, settings: dict[str, str], words: str
+    ) -> None:
+        layer = LayerRecord(path="a.b.fc", kind="linear", compute="int8", storage="fp32", master="none", parameters=4, why="so",
+                            **settings)  # fmt: skip
+        assert describe_compute(layer) == words
+        plan = PlanRecord(step=0, plan="", layers=(layer,))
+        assert words in render(show_plan(plan), width=200)
+        narrow = render(show_plan(plan))
+        assert set(words.split()) | {"a.b.fc"} <= set(narrow.split())
+        assert max(map(len, narrow.splitlines())) <= 80
+        arms = [make_arm("fp32", "reference"), replace(make_arm("halfstep"), plan=plan)]
+        assert f"<td>{words}</td>" in render_page(make_comparison(arms))

@@ -2080,6 +2080,23 @@ def test_fp16_on_a_processor_is_checkpointed_as_it_is_computed(plan: str, way: s
     assert not torch.equal(results[0]["0.inner.0.weight"], make_mlp().get_parameter("0.weight"))
 
 
+@pytest.mark.parametrize("plan", ["bf16-mixed", "16-mixed"])
+def test_casts_of_weights_are_forgotten_after_a_fused_update_which_leaves_their_version(plan: str) -> None:
+    losses: list[list[float]] = []
+    x, y = make_regression_batches(1)[0]
+    for around in (True, False):
+        model = make_mlp()
+        stepper = prepare(model, AdamW(model.parameters(), lr=0.1, fused=True), plan)
+        losses.append([])
+        with stepper.autocast() if around else nullcontext():
+            for _ in range(4):
+                with stepper.autocast():
+                    loss = F.mse_loss(model(x).float(), y)
+                losses[-1].append(loss.item())
+                assert stepper.step(loss).applied
+    assert losses[0] == losses[1]
+
+
 def test_the_record_of_a_plan_says_who_casts_operations() -> None:
     model = make_mlp()
     stepper = prepare(model, make_adamw(model), "16-mixed")

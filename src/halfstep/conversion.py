@@ -144,10 +144,12 @@ class Conversion:
         for path, module in self.model.named_modules():
             own, kind = sum(p.numel() for p in module.parameters(recurse=False)), find_kind(module)
             if own or kind:
-                s = self.table[path]
+                s, is_replaced = self.table[path], path in self.products
                 records.append(
                     LayerRecord(path=path, kind=kind, compute=s.compute, storage=s.storage, master=s.master,
-                                parameters=own, why=s.why, grad=s.grad, saved="" if path in self.products else s.saved)
+                                parameters=own, why=s.why, grad=s.grad, saved="" if is_replaced else s.saved,
+                                **({"grad_input": s.grad_input, "grad_weight": s.grad_weight,
+                                    "scaling": s.scaling.replace("tensor", "")} if is_replaced else {}))
                 )  # fmt: skip
         return tuple(records)
 

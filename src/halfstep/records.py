@@ -182,6 +182,13 @@ class LayerRecord(Record):
     why: str = ""
     grad: str = ""  # format of the gradient in its products; "" as compute
     saved: str = ""  # format in which its activations wait for the backward pass; "" as they are
+    grad_input: str = (
+        ""  # format of both operands of the product that gives the gradient of the input; "" as the others
+    )
+    grad_weight: str = ""  # the same for the gradient of the weight
+    scaling: str = (
+        ""  # which numbers share a scale: delayed | row | 1x128 | 128x128; "" all of a tensor, or a format's blocks
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from halfstep.conversion import Conversion
 from halfstep.distributed import Ranks
 from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
+from halfstep.mechanisms.operators import forget_casts
 from halfstep.plan import Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
 from halfstep.snapshot import Snapshot
@@ -238,6 +239,7 @@ class Stepper:
         """What moves when the weights did."""
         self.applied += 1
         torch.clear_autocast_cache()  # which holds converted weights as long as a block around several steps is open
+        forget_casts()  # so does the mode
         self.conversion.quantized.clear()
         for scheduler in self.schedulers:
             scheduler.step()

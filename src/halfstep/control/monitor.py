@@ -1,12 +1,16 @@
 """Observers of a running model. They watch and write down; they decide nothing.
 
 `Audit` sits below autocast, where torch's dispatcher hands over the operations that really run: the dtype of every
-matmul and convolution and every conversion between float formats, under the name of the module that was running. Inside
-its block everything costs more; outside it nothing does.
+matmul and convolution and every conversion between float formats, under the name of the module that was running. In the
+backward pass no module runs; there it is the module whose forward made the node of the graph that is running: nodes are
+numbered as they are made, so the numbers at which modules began and ended tell. Inside the audit's block everything costs
+more; outside it nothing does.
 """
 
+import threading
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -41,20 +45,56 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def follow_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep `stack` at the paths of the modules whose forward is running, outermost first."""
+def follow_modules(model: nn.Module, stack: list[str], note: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Keep `stack` at the paths of the modules whose forward is running, outermost first. note: called when it changed."""
     with ExitStack() as hooks:
         for path, module in model.named_modules():
 
             def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
                 stack.append(path)
+                note()
 
             def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
                 stack.pop()
+                note()
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
+
+
+def name_backward(path: str | None) -> str:
+    """What the backward pass of a module is called; None for nodes that no module's forward made, as those of the loss.
+
+    Examples:
+        >>> name_backward("fc"), name_backward(""), name_backward(None)
+        ('fc (backward)', '(model) (backward)', '(backward)')
+    """
+    return BACKWARD if path is None else f"{path or '(model)'} {BACKWARD}"
+
+
+class Trail:
+    """Which module's forward made a node of autograd's graph, by the number that the node got when it was made.
+
+    Numbers are a thread's own: of forward passes in other threads nothing is known.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._numbers: list[int] = []  # of the nodes from which on another module runs
+        self._paths: list[str | None] = []
+
+    def note(self, path: str | None) -> None:
+        """From now on the module at `path` makes nodes; None: none does."""
+        if threading.get_ident() == self._thread:
+            self._numbers.append(torch._C._autograd._get_sequence_nr())
+            self._paths.append(path)
+
+    def find_running(self) -> str | None:
+        """The module that made the node that the backward pass is at; None where that cannot be told."""
+        node = torch._C._current_autograd_node()
+        index = bisect_right(self._numbers, node._sequence_nr()) if node is not None else 0
+        return self._paths[index - 1] if index else None
 
 
 class Audit(TorchDispatchMode):
@@ -63,9 +103,9 @@ class Audit(TorchDispatchMode):
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> with Audit(model) as audit:
-        ...     _ = model(torch.ones(1, 2))
-        >>> audit.computed["0"]
-        Counter({'fp32': 1})
+        ...     model(torch.ones(1, 2)).sum().backward()
+        >>> audit.computed
+        {'0': Counter({'fp32': 1}), '0 (backward)': Counter({'fp32': 1})}
     """
 
     def __init__(self, model: nn.Module, replaced: Mapping[str, str] | None = None) -> None:
@@ -76,10 +116,12 @@ class Audit(TorchDispatchMode):
         self.casts: Counter[tuple[str, str, str]] = Counter()  # (path, from, to) -> how often
         self.cast_numbers: Counter[tuple[str, str, str]] = Counter()  # (path, from, to) -> numbers converted
         self._running: list[str] = []
+        self._trail = Trail()
         self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
-        self._hooks.enter_context(follow_modules(self.model, self._running))
+        self._trail = Trail()
+        self._hooks.enter_context(follow_modules(self.model, self._running, self._note_change))
         super().__enter__()
         return self
 
@@ -92,7 +134,7 @@ class Audit(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        path = self._running[-1] if self._running else BACKWARD
+        path = self._running[-1] if self._running else name_backward(self._trail.find_running())
         if name in _PRODUCTS or "attention" in name:
             tensors = [
                 t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype not in (torch.bool, torch.int64)
@@ -102,6 +144,9 @@ class Audit(TorchDispatchMode):
         elif name in _CASTS:
             self._note_cast(path, args[1] if name == "copy_" else args[0], result)
         return result
+
+    def _note_change(self) -> None:
+        self._trail.note(self._running[-1] if self._running else None)
 
     def _name_format(self, path: str, dtype: torch.dtype) -> str:
         """The format of a product, and where no unit multiplies it here, the one that it is emulated in."""

@@ -111,6 +111,11 @@ class _State(threading.local):
 _state = _State()
 
 
+def forget_casts() -> None:
+    """Cast weights anew in blocks that are open: torch's fused AdamW on a processor changes weights without a new version."""
+    _state.casts.clear()
+
+
 class OperatorMode:
     """A `with` block in which every operation follows the table.
 

@@ -8,7 +8,14 @@ import jinja2
 from halfstep.errors import RecordError
 from halfstep.records import ArmResult, ComparisonRecord
 from halfstep.report.charts import Line, draw_bars, draw_lines
-from halfstep.report.terminal import conclude, describe_arm, describe_compute, describe_storage, group_layers
+from halfstep.report.terminal import (
+    conclude,
+    describe_arm,
+    describe_compute,
+    describe_storage,
+    group_layers,
+    rank_harms,
+)
 
 MEGABYTE = 2**20
 
@@ -40,6 +47,7 @@ def render_page(comparison: ComparisonRecord) -> str:
     )
     return template.render(
         c=c, charts=charts, colours=colours, conclusion=conclude(c), rows=[_row(a) for a in c.arms],
+        harms=[(a, rank_harms(a)) for a in c.arms if a.harms],
         plans=[(a, group_layers(a.plan.layers)) for a in c.arms if a.plan],
         describe_storage=describe_storage, describe_compute=describe_compute,
     )  # fmt: skip

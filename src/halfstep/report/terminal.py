@@ -1,5 +1,6 @@
 """Records as tables for the terminal."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ def _table(*columns: str, title: str = "") -> Table:
         table.add_column(
             column.lstrip(">"),
             justify="right" if right else "left",
-            no_wrap=column not in ("why", "module"),
+            no_wrap=column not in ("why", "module", "compute"),
             overflow="fold",
         )
     return table
@@ -97,9 +98,21 @@ def show_plan(plan: PlanRecord) -> RenderableType:
 
 
 def describe_compute(layer: LayerRecord) -> str:
-    """Formats of products and saved activations in words: "bf16", or "fp8_e4m3, gradient fp8_e5m2, saves int8"."""
-    grad = f", gradient {layer.grad}" if layer.grad not in ("", layer.compute) else ""
-    return f"{layer.compute}{grad}{f', saves {layer.saved}' if layer.saved else ''}"
+    """Formats of products and saved activations in words, without those that follow from what was said.
+
+    Examples:
+        >>> describe_compute(LayerRecord(path="fc", kind="linear", compute="int8", storage="fp32", master="none", parameters=4,
+        ...                              grad="int8", grad_weight="bf16", scaling="row", saved="int4"))
+        'int8, grad_weight bf16, scales by row, saves int4'
+    """
+    grad = layer.grad or layer.compute
+    words = [layer.compute, f"gradient {grad}" if grad != layer.compute else ""]
+    for product in ("grad_input", "grad_weight"):
+        own = getattr(layer, product)
+        words.append(f"{product} {own}" if own and not own == grad == layer.compute else "")
+    if layer.scaling:
+        words.append("delayed scales" if layer.scaling == "delayed" else f"scales by {layer.scaling}")
+    return ", ".join(filter(None, [*words, f"saves {layer.saved}" if layer.saved else ""]))
 
 
 def describe_storage(layer: LayerRecord) -> str:
@@ -155,12 +168,18 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
 
 def show_harms(arm: ArmResult, count: int = 10) -> Table:
     """The layers of a rehearsal that change the gradient most."""
-    worst = sorted(arm.harms, key=lambda harm: harm.sqnr_db)[:count]
+    worst = rank_harms(arm)[:count]
     title = f"{arm.name}: what a layer's formats do to the model's gradient, the worst {len(worst)} of {len(arm.harms)}"
     table = _table("module", "format", ">SQNR in dB", ">error, batches = 1", title=title)
-    for harm in worst:
-        table.add_row(harm.path, harm.compute, f"{harm.sqnr_db:.1f}", f"{harm.error / harm.noise:.2g}")
+    for cells in worst:
+        table.add_row(*cells)
     return table
+
+
+def rank_harms(arm: ArmResult) -> list[tuple[str, str, str, str]]:
+    """The layers of a rehearsal in words, the worst first: module, format, SQNR in dB, error over that between batches."""
+    worst = sorted(arm.harms, key=lambda harm: harm.error if math.isfinite(harm.error) else math.inf, reverse=True)
+    return [(h.path, h.compute, f"{h.sqnr_db:.1f}", f"{h.error / h.noise:.2g}") for h in worst]
 
 
 def describe_arm(arm: ArmResult) -> dict[str, str]:
