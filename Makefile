@@ -3,14 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint docs bench setup clean
+.PHONY: help demo test lint docs bench bench-quick bench-results setup clean
 
 help:
 	@echo "make demo   train a small transformer in fp32, torch.amp and halfstep, side by side (about five minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   style and types"
 	@echo "make docs   build the documentation into site/"
-	@echo "make bench  measure what the README says (about an hour)"
+	@echo "make bench          speed at equal accuracy: every workload, halfstep beside its rivals (some hours)"
+	@echo "make bench-quick    the same for two workloads (under three minutes)"
+	@echo "make bench-results  the trainings that the README reports (about an hour)"
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,7 +42,13 @@ docs: .venv/ready-docs
 	$(BIN)/mkdocs build --strict
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-quick: .venv/ready
+	$(BIN)/python benchmarks/speed.py --quick $(ARGS)
+
+bench-results: .venv/ready
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
 	rm -rf .venv site runs compare.html compare.json

@@ -1,4 +1,4 @@
-"""Measure what the README says and write it to benchmarks/results. `make bench`, or with arguments:
+"""Train what the README reports and write it to benchmarks/results. `make bench-results`, or with arguments:
 
     python benchmarks/run.py                                the machine and the demo
     python benchmarks/run.py --cifar10 FOLDER               also CIFAR-10, from FOLDER/train.parquet and test.parquet

@@ -1,0 +1,167 @@
+"""Runs of the speed benchmark -> its result: ratios, floor, memory, verdicts.
+
+A run is a dictionary: workload, arm, round, and what `speed_worker` has found, or an error. Arms are paired by round, which is
+also the seed. Nothing here needs torch, a clock or a machine.
+
+    ratio        step time of an arm over that of halfstep in the same round: above 1, halfstep is faster
+    floor        operations of products and convolutions / highest rate of a product in bf16: no arm that computes the same in
+                 bf16 can be faster; floor_share = floor / step
+    verdict      two one-sided t-tests on the paired differences of the held-out loss to fp32, margin: see workloads.template
+    disturbed    rounds in which a fixed product, timed before the run, took over 15 % more than at its best
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from halfstep.comparison import judge_equivalence
+from workloads.template import MARGIN_SHARE, has_fallen
+
+REFERENCE, OURS, OURS_COMPILED = "fp32", "halfstep", "halfstep-compile"
+DISTURBED = 1.15  # times the fastest spin
+Run = dict[str, Any]
+
+
+def summarize(runs: Sequence[Run], rates: dict[str, float], arms: Sequence[str]) -> dict[str, Any]:
+    """The part of a result that follows from its runs, which may be incomplete."""
+    names = list(dict.fromkeys(run["workload"] for run in runs))
+    quiet = min((run["spin_ms"] for run in runs if "spin_ms" in run), default=0.0)
+    workloads = {
+        name: summarize_workload([r for r in runs if r["workload"] == name], rates, arms, quiet) for name in names
+    }
+    result: dict[str, Any] = {"workloads": workloads}
+    for key, ours in (("geomean", [OURS]), ("geomean_best", [OURS, OURS_COMPILED])):
+        result[key], result[f"{key}_over"] = average_ratios(workloads, ours, arms)
+    result["not_equivalent"] = {
+        arm: {name: w["arms"][arm]["verdict"] for name, w in workloads.items()
+              if arm in w["arms"] and w["arms"][arm]["verdict"] not in ("equivalent", "better", "reference")}
+        for arm in arms
+    }  # fmt: skip
+    return result
+
+
+def summarize_workload(
+    runs: Sequence[Run], rates: dict[str, float], arms: Sequence[str], quiet: float
+) -> dict[str, Any]:
+    done = {arm: {r["round"]: r for r in runs if r["arm"] == arm and "error" not in r} for arm in arms}
+    reference = done.get(REFERENCE, {})
+    flops = next((r["flops"] for r in reference.values() if "flops" in r), None)
+    floor = 1e3 * flops / (1e9 * rates["bf16"]) if flops else None
+    falls = [r["start_loss"] - r["loss"] for r in reference.values()]
+    margin = MARGIN_SHARE * statistics.fmean(falls) if falls else math.nan
+    rows = {}
+    for arm in arms:
+        errors = [r["error"] for r in runs if r["arm"] == arm and "error" in r]
+        if done[arm] or errors:
+            rows[arm] = summarize_arm(arm, done[arm], floor, quiet) | ({"errors": errors} if errors else {})
+            rows[arm] |= judge(arm, done[arm], reference, margin)
+            rows[arm]["ratio"] = spread(pair_ratios(done[arm], done.get(OURS, {})))
+    return {
+        "flops": flops, "floor_ms": round_to(floor, 3), "margin": margin,
+        "start_loss": [r["start_loss"] for r in reference.values()], "arms": rows,
+        "load": [{"round": r["round"], "arm": r["arm"], "load": r.get("load")} for r in runs],
+    }  # fmt: skip
+
+
+def summarize_arm(arm: str, done: dict[int, Run], floor: float | None, quiet: float) -> dict[str, Any]:
+    """What an arm has shown by itself; lists are over rounds."""
+    runs = list(done.values())
+    times = [r["step_ms"] for r in runs]
+    row = {
+        "rounds": list(done),
+        "step_ms": times,
+        "peak_memory_bytes": max((r["peak_memory_bytes"] for r in runs), default=None),
+        "floor_share": round_to(floor / statistics.median(times), 4) if floor and times else None,
+        "setup_s": [r["setup_s"] for r in runs],
+        "loss": [r["loss"] for r in runs],
+        "disturbed": [n for n, r in done.items() if r.get("spin_ms", 0.0) > DISTURBED * quiet],
+    }
+    plans = next((r["plans"] for r in runs if "plans" in r), None)
+    return row | ({"plans": plans} if plans else {})
+
+
+def judge(arm: str, done: dict[int, Run], reference: dict[int, Run], margin: float) -> dict[str, Any]:
+    """Verdict, mean difference and interval of an arm's held-out losses beside those of fp32 in the same rounds."""
+    shared = [n for n in done if n in reference]
+    none = {"verdict": "no reference", "difference": None, "interval": None}
+    if not shared or not all(has_fallen(reference[n]["start_loss"], [reference[n]["loss"]]) for n in reference):
+        return none
+    if arm == REFERENCE:
+        return {"verdict": "reference", "difference": 0.0, "interval": [0.0, 0.0]}
+    found = judge_equivalence([done[n]["loss"] - reference[n]["loss"] for n in shared], margin, higher_is_better=False)
+    word = found.word
+    if any(done[n]["loss"] > (reference[n]["start_loss"] + reference[n]["loss"]) / 2 for n in shared):
+        word = "not trained"  # less than half of the way of fp32
+    return {"verdict": word, "difference": found.difference, "interval": list(found.interval)}
+
+
+def pair_ratios(rival: dict[int, Run], ours: dict[int, Run]) -> list[float]:
+    return [rival[n]["step_ms"] / ours[n]["step_ms"] for n in rival if n in ours]
+
+
+def average_ratios(
+    workloads: dict[str, Any], ours: Sequence[str], rivals: Sequence[str]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Rival -> geometric mean over workloads of its step time over the best of ours, and over how many workloads."""
+    means, counts = {}, {}
+    for rival in rivals:
+        ratios = []
+        for workload in workloads.values():
+            rows = workload["arms"]
+            best = [statistics.median(rows[arm]["step_ms"]) for arm in ours if arm in rows and rows[arm]["step_ms"]]
+            if best and rival in rows and rows[rival]["step_ms"]:
+                ratios.append(statistics.median(rows[rival]["step_ms"]) / min(best))
+        if ratios and rival not in ours:
+            means[rival], counts[rival] = round(average_geometrically(ratios), 4), len(ratios)
+    return means, counts
+
+
+def average_geometrically(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {name: round(f(values), 4) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
+
+
+def round_to(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def show(result: dict[str, Any]) -> Table:
+    """A row for each workload and arm."""
+    table = Table("workload", "arm", title="Step times; ratio: arm / halfstep, above 1 halfstep is faster", box=None)
+    for column in ("step ms", "ratio", "(min to max)", "floor", "MiB", "set-up s", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for name, workload in result["workloads"].items():
+        for number, (arm, row) in enumerate(workload["arms"].items()):
+            table.add_row(name if number == 0 else "", arm, *show_row(row))
+    for rival in sorted({*result["geomean"], *result["geomean_best"]}, key=list(result["arms"]).index):
+        pair = [f"{result[key][rival]:.3f}" if rival in result[key] else "-" for key in ("geomean", "geomean_best")]
+        over = result["geomean_best_over"].get(rival, result["geomean_over"].get(rival))
+        table.add_row("geometric mean", rival, "", pair[0], f"best: {pair[1]}", "", "", "", "", f"{over} workloads")
+    return table
+
+
+def show_row(row: dict[str, Any]) -> list[str]:
+    if not row["step_ms"]:
+        return ["-", "-", "", "-", "-", "-", "-", f"[red]failed: {row['errors'][0][:60]}[/red]"]
+    ratio, share = row["ratio"], row["floor_share"]
+    colours = {"equivalent": "green", "better": "green", "reference": "default", "inconclusive": "yellow"}
+    notes = f" (disturbed: {row['disturbed']})" if row["disturbed"] else ""
+    return [
+        f"{statistics.median(row['step_ms']):.1f}",
+        f"{ratio['median']:.2f}" if ratio else "-",
+        f"{ratio['min']:.2f} to {ratio['max']:.2f}" if ratio else "",
+        f"{100 * share:.0f} %" if share else "-",
+        f"{row['peak_memory_bytes'] / 2**20:.0f}",
+        f"{row['setup_s'][0]:.1f}",
+        f"{row['difference']:+.4f}" if row["difference"] is not None else "-",
+        f"[{colours.get(row['verdict'], 'red')}]{row['verdict']}[/]{notes}",
+    ]

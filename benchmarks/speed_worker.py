@@ -1,0 +1,250 @@
+"""One run of the speed benchmark, in a process of its own: a workload trained in one arm, timed, and evaluated.
+
+    fp32                 as documented: the optimizer's plain constructor, nothing set
+    fp32-tuned           fused optimizer, channels_last for convolutions, an allocator that keeps freed blocks
+    torch-amp            as documented: bf16 autocast around forward pass and loss
+    torch-amp-tuned      the same with the settings of fp32-tuned
+    torch-amp-compile    the same with torch.compile on the model
+    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned
+    halfstep-compile     the same of torch.compile's model; compiling after `prepare` cannot trace "auto"
+
+Timed is a step from the batch that is already there to cleared gradients. Every step begins with the same state of the random
+numbers, so that arms whose dropout draws alike have the same noise. Set-up is what the run has cost above its steady steps:
+building, `prepare`, compiling, choosing a plan.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+import halfstep
+from halfstep.machine.hardware import get_profile
+from halfstep.machine.runtime import read_peak_memory, use_channels_last
+from halfstep.numerics.kernels import describe_kernels
+from workloads.catalogue import WORKLOADS
+from workloads.template import Trainer, Workload
+
+LARGE_SHAPES = ((2048, 2048, 2048), (4096, 1024, 4096), (1024, 4096, 1024), (2048, 512, 8192))  # m, k, n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What an arm does to a workload."""
+
+    tuned: bool = False
+    autocast: bool = False
+    compiled: bool = False
+    halfstep: bool = False
+
+
+ARMS = {
+    "fp32": Arm(),
+    "fp32-tuned": Arm(tuned=True),
+    "torch-amp": Arm(autocast=True),
+    "torch-amp-tuned": Arm(tuned=True, autocast=True),
+    "torch-amp-compile": Arm(tuned=True, autocast=True, compiled=True),
+    "halfstep": Arm(tuned=True, halfstep=True),
+    "halfstep-compile": Arm(tuned=True, compiled=True, halfstep=True),
+}
+
+
+class TorchTrainer:
+    """A network trained by plain torch.
+
+    apart: of several networks that share a graph, compute the gradients of this one alone; otherwise, as in the usual loop,
+        those of the others are computed too and thrown away.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], arm: Arm, *, apart: bool) -> None:
+        self.model, self.optimizers, self.arm = model, optimizers, arm
+        self.inputs = [p for p in model.parameters() if p.requires_grad] if apart else None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16) if self.arm.autocast else nullcontext()
+
+    def clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self, loss: Tensor) -> None:
+        self.clear()  # of what another network's backward pass has left
+        loss.backward(inputs=self.inputs)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.clear()
+
+
+class HalfstepTrainer:
+    """A network trained by a stepper."""
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        self.model = model
+        self.stepper = halfstep.prepare(model, optimizers, "auto")
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return self.stepper.autocast()
+
+    def step(self, loss: Tensor) -> None:
+        outcome = self.stepper.step(loss)
+        if outcome.status != "applied":
+            raise AssertionError(f"a step of the benchmark was {outcome.status}: {outcome.cause}")
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in force, shortly."""
+        record = self.stepper.plan_record
+        rows = record.layers if record else ()
+        kinds: dict[str, int] = {}
+        for row in rows:
+            key = f"{row.compute}, {row.storage}" + (f" + {row.master}" if row.storage != "fp32" else "")
+            kinds[key] = kinds.get(key, 0) + 1
+        return {"layers": kinds, "why": record.why if record else ""}
+
+
+def compile_model(model: nn.Module) -> nn.Module:
+    return torch.compile(model)  # type: ignore[return-value]  # a module for a module
+
+
+def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
+    """The networks of a workload, each with how it is trained."""
+    models = workload.build_models()
+    if arm.tuned:
+        for model in models.values():
+            use_channels_last(model)
+    optimizers = workload.build_optimizers(models, fused=arm.tuned)
+    trainers: dict[str, Trainer] = {}
+    for name, plain in models.items():
+        model = compile_model(plain) if arm.compiled else plain
+        if arm.halfstep:
+            trainers[name] = HalfstepTrainer(model, optimizers[name])
+        else:
+            trainers[name] = TorchTrainer(model, optimizers[name], arm, apart=arm.tuned and len(models) > 1)
+    return trainers
+
+
+@contextmanager
+def tuned(arm: Arm, threads: int) -> Iterator[None]:
+    """The process settings of an arm."""
+    with ExitStack() as stack:
+        stack.enter_context(halfstep.tune_process(allocator=arm.tuned, threads=threads))
+        yield
+
+
+def measure(workload: Workload, arm: Arm, *, warmup: int, steps: int, start: bool = False) -> dict[str, Any]:
+    """Train a workload in an arm.
+
+    start: also evaluate before the first step.
+    """
+    begin = time.perf_counter()
+    trainers = build_trainers(workload, arm)
+    built = time.perf_counter() - begin
+    found: dict[str, Any] = {"start_loss": workload.evaluate(trainers)} if start else {}
+    seconds, losses = [], []
+    for step in range(warmup + steps):
+        batch = workload.make_batch(step)
+        torch.manual_seed(workload.seed * 10_000_019 + step)  # of the dropout
+        before = time.perf_counter()
+        loss = workload.take_step(trainers, batch)
+        seconds.append(time.perf_counter() - before)
+        losses.append(float(loss))
+    peak = read_peak_memory()
+    steady = median(seconds[warmup:])
+    plans = {name: t.describe() for name, t in trainers.items() if isinstance(t, HalfstepTrainer)}
+    return found | {
+        "step_ms": round(1e3 * steady, 3),
+        "fastest_ms": round(1e3 * min(seconds[warmup:]), 3),
+        "slowest_ms": round(1e3 * max(seconds[warmup:]), 3),
+        "peak_memory_bytes": peak,
+        "setup_s": round(built + sum(seconds[:warmup]) - warmup * steady, 3),
+        "loss": workload.evaluate(trainers),
+        "losses": [round(value, 5) for value in losses],
+        "torch": torch.__version__,
+        **({"plans": plans} if plans else {}),
+    }  # fmt: skip
+
+
+def count_products(workload: Workload) -> int:
+    """Floating-point operations of matrix products and convolutions in one training step in fp32.
+
+    torch's counter knows neither fused attention nor fused LSTM layers, so both are taken apart into their products. Causal
+    attention counts as the full square, which is what is computed then.
+    """
+    trainers = build_trainers(workload, ARMS["fp32"])
+    batch = workload.make_batch(0)
+    counter = FlopCounterMode(display=False)
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    has_lstm = any(isinstance(m, nn.LSTM) for t in trainers.values() for m in t.model.modules())
+    with math, without_onednn() if has_lstm else nullcontext(), counter:
+        workload.take_step(trainers, batch)
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """torch.backends.mkldnn.flags does the same, but also sets what only another vendor's GPUs have, and warns of it."""
+    enabled = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
+
+
+def time_best(call: Callable[[], object], times: int) -> float:
+    """Seconds of the fastest of some calls, after one that is not timed."""
+    call()
+    spans = []
+    for _ in range(times):
+        before = time.perf_counter()
+        call()
+        spans.append(time.perf_counter() - before)
+    return min(spans)
+
+
+def measure_rates(times: int = 12) -> dict[str, float]:
+    """Format -> highest rate of a matrix product in GFLOP/s over a few large shapes."""
+    rates = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        best = 0.0
+        for m, k, n in LARGE_SHAPES:
+            a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+            best = max(best, 2e-9 * m * k * n / time_best(partial(nn.functional.linear, a, b), times))
+        rates[name] = round(best, 1)
+    return rates
+
+
+def spin() -> float:
+    """Milliseconds of a fixed product in fp32: more than usual means that something else is running."""
+    a = torch.ones(1024, 1024)
+    return round(1e3 * time_best(lambda: a @ a, 8), 3)
+
+
+def calibrate(threads: int) -> dict[str, Any]:
+    """What the whole benchmark needs to know once; also measures halfstep's profile of the machine, where it is missing."""
+    torch.set_num_threads(threads)
+    get_profile()
+    return {"matmul_gflops": measure_rates(), "spin_ms": spin(), "kernels": describe_kernels()}
+
+
+def run(name: str, arm_name: str, seed: int, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
+    """Everything that a process of the benchmark does."""
+    arm, found = ARMS[arm_name], {}
+    with tuned(arm, threads):
+        workload = WORKLOADS[name](seed)
+        reference = arm_name == "fp32"
+        found = measure(workload, arm, warmup=warmup, steps=steps, start=reference)
+        if reference and seed == 0:
+            found["flops"] = count_products(workload)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit("this is a part of benchmarks/speed.py; run that")
