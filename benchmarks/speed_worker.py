@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import halfstep
 from halfstep.machine.hardware import get_profile
 from halfstep.machine.runtime import read_peak_memory, use_channels_last
-from halfstep.numerics.kernels import describe_kernels
+from halfstep.numerics import dropouts, packing
 from workloads.catalogue import WORKLOADS
 from workloads.template import Trainer, Workload
 
+KERNELS = (dropouts.KERNELS, packing.KERNELS)
 LARGE_SHAPES = ((2048, 2048, 2048), (4096, 1024, 4096), (1024, 4096, 1024), (2048, 512, 8192))  # m, k, n
 
 
@@ -231,7 +232,11 @@ def calibrate(threads: int) -> dict[str, Any]:
     """What the whole benchmark needs to know once; also measures halfstep's profile of the machine, where it is missing."""
     torch.set_num_threads(threads)
     get_profile()
-    return {"matmul_gflops": measure_rates(), "spin_ms": spin(), "kernels": describe_kernels()}
+    return {
+        "matmul_gflops": measure_rates(),
+        "spin_ms": spin(),
+        "kernels": {k.source.stem: k.describe() for k in KERNELS},
+    }
 
 
 def run(name: str, arm_name: str, seed: int, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:

@@ -53,6 +53,7 @@ SPINE = [
     "insides",
     "mechanisms.layers",
     "mechanisms.operators",
+    "mechanisms.functions",
     "mechanisms.replacements",
     "mechanisms.activations",
     "mechanisms.gradients",

@@ -15,6 +15,7 @@ from halfstep.numerics.formats import FORMATS
 from halfstep.plan import (
     ALIASES,
     CASTS,
+    FUNCTIONS,
     KINDS,
     LOSS_SCALES,
     MASTERS,
@@ -74,6 +75,7 @@ PLANS = st.builds(
     recovery=st.sampled_from(RECOVERIES),
     states=st.sampled_from(STATES),
     products=st.sampled_from(PRODUCTS),
+    functions=st.sampled_from(FUNCTIONS),
     name=ODD,
 )
 
@@ -346,7 +348,7 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         ("path=a computee=bf16", "unknown key in a rule 'computee'; did you mean 'compute'? Allowed: cast, compute, "),
         (
             "name=x nme=y",
-            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: loss_scale, name, products, recovery, rule, "
+            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: functions, loss_scale, name, products, recovery, rule, "
             "schema, states",
         ),
         ("path=a path=b", "line 1 of the plan is 'path=a path=b'; write key=value words, each key once"),
@@ -378,7 +380,7 @@ def test_unknown_preset_names_the_nearest() -> None:
         ({"schema": 2}, "the plan has schema 2; this version reads schema 1"),
         (
             {"rules": []},
-            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: loss_scale, name, products, recovery, rule, "
+            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: functions, loss_scale, name, products, recovery, rule, "
             "schema, states",
         ),
         ({"name": 3}, "plan key 'name' takes a string; got 3"),

@@ -205,11 +205,7 @@ def plan(
     else:
         chosen = read_plan(loaded.precision)
     with convert(model, chosen) as conversion:
-        operations = conversion.describe_operations()
-        layers = conversion.describe()
-        console.print(
-            show_plan(records.PlanRecord(step=0, plan=str(chosen), layers=layers, why=why, operations=operations))
-        )
+        console.print(show_plan(conversion.make_record(why=why)))
     if save is not None:
         chosen.save(save)
 

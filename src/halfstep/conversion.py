@@ -30,6 +30,7 @@ from halfstep.feasibility import (
     require_scalable,
 )
 from halfstep.mechanisms.activations import Keeper
+from halfstep.mechanisms.functions import FunctionMode, describe_functions
 from halfstep.mechanisms.layers import (
     DTYPES,
     Block,
@@ -50,7 +51,7 @@ from halfstep.mechanisms.replacements import (
 )
 from halfstep.numerics.products import Histories, ProductState, QuantizedWeights
 from halfstep.plan import Plan, Resolution, Settings
-from halfstep.records import LayerRecord
+from halfstep.records import LayerRecord, PlanRecord
 
 UNITS = ("linear", "conv", "attention", "recurrent", "norm")  # what `cast = "unit"` casts around
 
@@ -75,6 +76,7 @@ class Conversion:
         self._undo = ExitStack()
         self._around = name_around(self.table[""]) if self.table[""].cast == "op" else "fp32"
         self.twins: dict[str, Twin] = {}  # 16-bit format -> who casts operations to it in this model, and why
+        self._functions = FunctionMode() if plan.functions == "fast" and device_type == "cpu" else None
         self._modes: dict[str, OperatorMode] = {}  # of the formats for which torch.autocast will not do
         if self._around != "fp32":
             self._find_mode(self._around)
@@ -99,6 +101,7 @@ class Conversion:
         """What a forward pass and the loss run under: torch's autocast where the plan casts every operation, and what keeps
         activations for the backward pass in fewer bits where it says so."""
         with ExitStack() as stack:
+            stack.enter_context(self._replace_functions())
             stack.enter_context(self._cast_operations())
             if self.keeper is not None and torch.is_grad_enabled():
                 stack.enter_context(self.keeper.keep())
@@ -113,10 +116,13 @@ class Conversion:
     @contextmanager
     def stand_by(self) -> Iterator[None]:
         """What a backward pass runs under, so that activation checkpointing computes again what the forward pass computed."""
-        with ExitStack() as stack:
+        with self._replace_functions(), ExitStack() as stack:
             for mode in self._modes.values():
                 stack.enter_context(mode.stand_by())
             yield
+
+    def _replace_functions(self) -> AbstractContextManager[Any]:
+        return self._functions or nullcontext()
 
     def _find_mode(self, compute: str) -> OperatorMode | None:
         """The mode that casts operations to a 16-bit format; None where torch.autocast does."""
@@ -153,6 +159,11 @@ class Conversion:
                 )  # fmt: skip
         return tuple(records)
 
+    def make_record(self, *, step: int = 0, why: str = "", seconds: float = 0.0) -> PlanRecord:
+        """What the plan has done to the model, for the record. step, why, seconds: when, why and in what time it was chosen."""
+        return PlanRecord(step=step, plan=str(self.plan), layers=self.describe(), why=why, seconds=seconds,
+                          functions=self.describe_functions(), operations=self.describe_operations())  # fmt: skip
+
     def describe_operations(self) -> tuple[str, ...]:
         """For each 16-bit format that operations are cast to: who casts them, and why.
 
@@ -161,6 +172,14 @@ class Conversion:
             ("bf16 by torch.autocast: in bf16 torch's list for cpu departs from the table in no range",)
         """
         return tuple(f"{format} by {twin.name}: {twin.why}" for format, twin in self.twins.items())
+
+    def describe_functions(self) -> tuple[str, ...]:
+        """What is done about functions that have a fast equal, where the plan asks for those."""
+        if self.plan.functions != "fast":
+            return ()
+        if self._functions is None:
+            return (f"torch's own: the fast ones are for a processor, and the model is on {self.device_type}",)
+        return describe_functions()
 
     def share_quantized_weights(self) -> None:
         """From now on products share `quantized`, which the caller clears whenever weights have changed."""

@@ -53,9 +53,10 @@ CASTS = ("op", "unit")
 OF_PRODUCTS = ("grad", "grad_input", "grad_weight", "scaling")  # settings that say more about `compute`
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
-HEAD = ("name", "loss_scale", "states", "recovery", "products")  # keys of the plan itself
+HEAD = ("name", "loss_scale", "states", "recovery", "products", "functions")  # keys of the plan itself
 STATES = ("fp32", "8-bit")
 PRODUCTS = ("native", "emulated")
+FUNCTIONS = ("torch", "fast")
 RECOVERIES = ("skip", "back-off", "roll-back", "widen", "stop")
 
 
@@ -179,10 +180,14 @@ class Plan:
     states: str = "fp32"  # of the optimizer, as `mechanisms.optimizer_states` keeps them
     recovery: str = "skip"
     products: str = "native"  # emulated: with the numerics of units that are not here, also where there is a unit
+    functions: str = "torch"  # fast: dropout, attention and cross-entropy as `mechanisms.functions` has them
     name: str = ""
 
     def __post_init__(self) -> None:
-        words = {"loss_scale": LOSS_SCALES, "states": STATES, "recovery": RECOVERIES, "products": PRODUCTS}
+        words = {
+            "loss_scale": LOSS_SCALES, "states": STATES, "recovery": RECOVERIES, "products": PRODUCTS,
+            "functions": FUNCTIONS,
+        }  # fmt: skip
         for key, allowed in words.items():
             if getattr(self, key) not in allowed:
                 raise PlanError(describe_unknown(key, getattr(self, key), allowed))
@@ -238,7 +243,7 @@ class Plan:
 
     def _rare(self) -> dict[str, str]:
         """Keys of the head that are written only where they are not the default."""
-        keys = ("states", "recovery", "products")
+        keys = ("states", "recovery", "products", "functions")
         return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(Plan, key)}
 
     def to_dict(self) -> dict[str, Any]:

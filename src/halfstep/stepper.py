@@ -361,14 +361,7 @@ class Stepper:
         self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
-        self.plan_record = PlanRecord(
-            step=self.applied,
-            plan=str(plan),
-            layers=self.conversion.describe(),
-            why=why,
-            seconds=seconds,
-            operations=self.conversion.describe_operations(),
-        )
+        self.plan_record = self.conversion.make_record(step=self.applied, why=why, seconds=seconds)
 
     def restore(self) -> nn.Module:
         """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""

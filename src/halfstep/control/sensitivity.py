@@ -200,18 +200,18 @@ def choose_plan(
         'fp32'
     """
     start, kwargs = time.perf_counter(), kwargs or {}
+    functions = "fast" if profile.device == "cpu" else "torch"
     fast = [f for f in CANDIDATES if _is_fast_somewhere(profile.find_capability(f))]
     if not fast:
         reasons = "; ".join(f"{c.format}: {c.why}" for c in profile.capabilities if c.format in CANDIDATES)
         why = f"no 16-bit format is faster than fp32 on this machine ({reasons})"
-        return Choice(
-            plan=Plan(rules=(Rule(compute="fp32", why=why),), name="auto"), why=why, seconds=time.perf_counter() - start
-        )
+        plan = Plan(rules=(Rule(compute="fp32", why=why),), functions=functions, name="auto")
+        return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
     with leave_no_trace(model):
         with observe_shapes(model) as shapes, torch.no_grad():
             model(*args, **kwargs)
         costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
-        plan = _follow_ties(model, choose_formats(costs))
+        plan = replace(_follow_ties(model, choose_formats(costs)), functions=functions)
         plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
@@ -290,22 +290,21 @@ def _follow_ties(model: nn.Module, plan: Plan) -> Plan:
 def _try(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, watch: Stopwatch
 ) -> tuple[Plan, str]:
-    """The plan if the whole model is faster under it than in fp32, else fp32 with the numbers."""
+    """The plan if the whole model is faster under it than in fp32, else fp32 with the numbers; with the same functions."""
     if all(rule.compute == "fp32" for rule in plan.rules):
         return plan, "no layer is faster in 16 bits at its own shape"
-    fp32_ms, plan_ms = [], []
+    wide = Plan(rules=(Rule(compute="fp32"),), functions=plan.functions)
+    times: dict[Plan, list[float]] = {wide: [], plan: []}
     for _ in range(1 + TRIALS):
-        fp32_ms.append(watch.time_once(lambda: run_once(model, args, kwargs)))
-        with convert(model, plan) as conversion:
+        for tried, found in times.items():
+            with convert(model, tried) as conversion:
 
-            def step(conversion: Any = conversion) -> None:
-                with conversion.autocast():
-                    run_once(model, args, kwargs)
-                with conversion.masters.widened():
-                    pass  # what the update adds: truth out of the live weights and back
+                def step(conversion: Any = conversion) -> None:
+                    with conversion.autocast():
+                        run_once(model, args, kwargs)
 
-            plan_ms.append(watch.time_once(step))
-    before, after = statistics.median(fp32_ms[1:]), statistics.median(plan_ms[1:])  # the first is a warm-up
+                found.append(watch.time_once(step))
+    before, after = (statistics.median(times[tried][1:]) for tried in (wide, plan))  # the first is a warm-up
     timed = f"on half a batch forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
     if before / after >= NOISE:
         return plan, timed
@@ -315,4 +314,4 @@ def _try(
         for r in plan.rules
         if r.names_a_path
     ]
-    return Plan(rules=(*layers, Rule(compute="fp32", why=why)), name="auto"), why
+    return replace(wide, rules=(*layers, Rule(compute="fp32", why=why)), name="auto"), why

@@ -94,6 +94,7 @@ def show_plan(plan: PlanRecord) -> RenderableType:
         *(Text(f"{path}: {why}") for why, path in reasons.items()),
         *([Text(f"the model: {plan.why}")] if plan.why else []),
         *(Text(f"operations in {said}") for said in plan.operations),
+        *(Text(f"fast function {said}") for said in plan.functions),
     )
 
 

@@ -1,0 +1,75 @@
+"""Fast functions: on a processor, equals of torch's own that take less time, put in their place inside a block.
+
+    dropout    torch draws a random number for an element, one after another; here 16 bits of a hash serve
+
+Each has torch's signature and hands over to torch's own where it does not apply; numerics/dropouts says where. What they
+compute is the same up to rounding, except that dropout draws other numbers from the same seed. `Plan.functions` decides
+whether they are used.
+
+A backward pass runs in the block too (`Conversion.stand_by`): activation checkpointing runs functions again there, and those
+must draw what they drew before.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from halfstep.insides import BACKWARD, INSIDES
+from halfstep.numerics import dropouts
+from halfstep.numerics.kernels import PLAIN, Kernels
+
+Function = Callable[..., Any]
+
+FAST: Mapping[Function, tuple[Function, Kernels]] = {
+    F.dropout: (dropouts.dropout, dropouts.KERNELS),
+}
+"""torch function -> what takes its place, and the kernels without which that is no gain."""
+
+
+class FunctionMode(TorchFunctionMode):
+    """A `with` block in which functions of torch's are replaced, also within those that torch makes of them.
+
+    replacements: torch function -> function with the same signature; left out: all of FAST whose kernels run here.
+
+    Compiled code keeps torch's own, which its compiler fuses. So do subclasses of Tensor.
+
+    Examples:
+        >>> with FunctionMode({F.relu: lambda x: x + 1}):
+        ...     F.relu(torch.zeros(1)).item()
+        1.0
+    """
+
+    def __init__(self, replacements: Mapping[Function, Function] | None = None) -> None:
+        super().__init__()
+        if replacements is None:
+            replacements = {theirs: ours for theirs, (ours, kernels) in FAST.items() if kernels.library.functions}
+        self.replacements = dict(replacements)
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        ours = self.replacements.get(func)
+        if ours is not None:
+            is_left = torch.compiler.is_compiling() or any(kind not in PLAIN for kind in types)
+            return func(*args, **kwargs) if is_left else ours(*args, **kwargs)
+        if func in _MADE_OF_OTHERS and not torch.compiler.is_compiling():
+            with self:
+                return INSIDES[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_MADE_OF_OTHERS = frozenset((F.multi_head_attention_forward, *BACKWARD))
+
+
+def describe_functions() -> tuple[str, ...]:
+    """Which functions are replaced on this machine, and those that are not with the reason.
+
+    Examples:
+        >>> describe_functions()[0].partition(":")[0]
+        'dropout'
+    """
+    return tuple(f"{theirs.__name__}: {kernels.describe()}" for theirs, (_, kernels) in FAST.items())

@@ -1,0 +1,160 @@
+"""Fast functions: where they are put in place, where torch's own stay, and that a step computes the same with them."""
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import halfstep
+from halfstep.conversion import convert
+from halfstep.mechanisms.functions import FAST, FunctionMode, describe_functions
+from halfstep.plan import Plan, Rule
+from helpers import seeded
+
+FAST_FP32 = Plan(rules=(Rule(compute="fp32"),), functions="fast")
+FAST_BF16 = Plan(rules=(Rule(compute="bf16", storage="bf16", master="split"),), functions="fast")
+
+
+def count_calls(*functions: Callable[..., Any]) -> tuple[FunctionMode, list[str]]:
+    """A mode that notes which of these are called, and calls them."""
+    seen: list[str] = []
+
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    return FunctionMode({function: note(function) for function in functions}), seen
+
+
+def test_functions_are_replaced_inside_the_block_alone_also_after_an_error() -> None:
+    mode, seen = count_calls(F.dropout)
+    with pytest.raises(ZeroDivisionError), mode:
+        nn.Dropout()(torch.ones(3))
+        raise ZeroDivisionError
+    F.dropout(torch.ones(3))
+    assert seen == ["dropout"]
+
+
+@pytest.mark.parametrize(
+    "module", [nn.MultiheadAttention(8, 2, 0.1, batch_first=True), nn.TransformerEncoderLayer(8, 2, 8)]
+)
+def test_functions_inside_of_attention_modules_are_seen(module: nn.Module) -> None:
+    mode, seen = count_calls(F.scaled_dot_product_attention, F.dropout)
+    x = torch.randn(2, 3, 8)
+    with mode:
+        _ = module(x, x, x, need_weights=False) if isinstance(module, nn.MultiheadAttention) else module(x)
+    assert seen.count("scaled_dot_product_attention") == 1
+    assert seen.count("dropout") == (0 if isinstance(module, nn.MultiheadAttention) else 3)
+
+
+def test_other_threads_see_nothing_of_it() -> None:
+    mode, seen = count_calls(F.dropout)
+    with mode:
+        thread = threading.Thread(target=lambda: F.dropout(torch.ones(3)))
+        thread.start()
+        thread.join()
+    assert not seen
+
+
+def test_subclasses_of_tensor_keep_torchs_own() -> None:
+    class Other(Tensor):
+        pass
+
+    mode, seen = count_calls(F.dropout)
+    with mode:
+        F.dropout(torch.ones(3).as_subclass(Other))
+    assert not seen
+
+
+def test_compiled_code_keeps_torchs_own() -> None:
+    mode, seen = count_calls(F.cross_entropy)
+    compiled = torch.compile(lambda x, y: F.cross_entropy(x, y), backend="aot_eager", fullgraph=True)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with mode:
+        assert torch.allclose(compiled(x, y), F.cross_entropy(x, y))
+    assert seen == ["cross_entropy"]  # the one beside
+
+
+class Model(nn.Module):
+    """Every function that has a fast equal, checkpointed or not."""
+
+    def __init__(self, *, saves: bool) -> None:
+        super().__init__()
+        self.saves = saves
+        self.token, self.qkv, self.head = nn.Embedding(11, 32), nn.Linear(32, 96), nn.Linear(32, 11)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0, is_causal=True)
+        return x + F.dropout(mixed.transpose(1, 2).flatten(-2), 0.3, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.token(x)
+        stream = checkpoint(self.attend, stream, use_reentrant=False) if self.saves else self.attend(stream)
+        logits: Tensor = self.head(stream)
+        return logits
+
+
+def take_gradients(plan: Plan, *, saves: bool) -> list[Tensor]:
+    with seeded(0):
+        model, x, y = Model(saves=saves), torch.randint(11, (4, 9)), torch.randint(11, (36,))
+    stepper = halfstep.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0), plan)
+    before = [p.detach().float().clone() for p in model.parameters()]
+    with seeded(1):
+        with stepper.autocast():
+            loss = F.cross_entropy(stepper.model(x).flatten(0, 1), y)
+        stepper.step(loss)
+    stepper.restore()
+    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("plan", [FAST_FP32, FAST_BF16], ids=["fp32", "bf16"])
+def test_a_checkpointed_backward_pass_draws_what_the_forward_pass_drew(plan: Plan) -> None:
+    saved, plain = take_gradients(plan, saves=True), take_gradients(plan, saves=False)
+    assert all(torch.equal(a, b) for a, b in zip(saved, plain, strict=True))
+
+
+def test_without_dropout_gradients_are_those_of_torch() -> None:
+    with seeded(0):
+        model, x, y = Model(saves=False).eval(), torch.randint(11, (4, 9)), torch.randint(11, (36,))
+
+    def differentiate(plan: Plan | None) -> list[Tensor]:
+        with convert(model, plan) if plan else nullcontext() as conversion:
+            with conversion.autocast() if conversion else nullcontext():
+                loss = F.cross_entropy(model(x).flatten(0, 1), y)
+            return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    for ours, theirs in zip(differentiate(FAST_FP32), differentiate(None), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_attention_under_autocast_takes_its_format() -> None:
+    q = torch.randn(1, 2, 5, 16)
+    with convert(nn.Linear(1, 1), FAST_BF16) as conversion, conversion.autocast():
+        assert F.scaled_dot_product_attention(q, q, q).dtype is torch.bfloat16
+
+
+def test_a_plan_says_which_functions_it_takes_and_the_record_why() -> None:
+    plan = Plan.parse("functions=fast\ncompute=bf16")
+    assert Plan.parse(str(plan)) == plan
+    with convert(nn.Linear(2, 2), plan) as conversion:
+        assert conversion.make_record().functions == describe_functions()
+    with convert(nn.Linear(2, 2), Plan.preset("bf16-mixed")) as conversion:
+        assert conversion.make_record().functions == ()
+    assert [said.partition(":")[0] for said in describe_functions()] == [f.__name__ for f in FAST]
+
+
+def test_auto_takes_fast_functions_on_a_processor() -> None:
+    model = nn.Linear(4, 4)
+    stepper = halfstep.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    stepper.model(torch.ones(2, 4))
+    assert stepper.plan.functions == "fast"
