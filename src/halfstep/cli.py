@@ -4,6 +4,7 @@ Errors of halfstep are one line on stderr and exit code 2; `--debug` shows the t
 command that needs them, so that `halfstep --help` answers at once.
 """
 
+import dataclasses
 import datetime
 import os
 import shlex
@@ -204,7 +205,9 @@ def plan(
         chosen, why = choice.plan, choice.why
     else:
         chosen = read_plan(loaded.precision)
-    with convert(model, chosen) as conversion:
+    if chosen.saved_budget:
+        why = f"formats for saved activations are chosen when the first batch arrives, within {chosen.saved_budget}"
+    with convert(model, dataclasses.replace(chosen, saved_budget="")) as conversion:
         operations = conversion.describe_operations()
         layers = conversion.describe()
         console.print(
