@@ -74,6 +74,7 @@ PLANS = st.builds(
     loss_scale=st.sampled_from(LOSS_SCALES),
     recovery=st.sampled_from(RECOVERIES),
     states=st.sampled_from(STATES),
+    saved_budget=st.sampled_from(["", "64MiB", "1.5GiB", "300KiB"]),
     products=st.sampled_from(PRODUCTS),
     functions=st.sampled_from(FUNCTIONS),
     name=ODD,
@@ -349,7 +350,7 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         (
             "name=x nme=y",
             "unknown key in a plan 'nme'; did you mean 'name'? Allowed: functions, loss_scale, name, products, recovery, rule, "
-            "schema, states",
+            "saved_budget, schema, states",
         ),
         ("path=a path=b", "line 1 of the plan is 'path=a path=b'; write key=value words, each key once"),
         ("path=a\npath=b bf16", "line 2 of the plan is 'path=b bf16'; write key=value words, each key once"),
@@ -381,7 +382,7 @@ def test_unknown_preset_names_the_nearest() -> None:
         (
             {"rules": []},
             "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: functions, loss_scale, name, products, recovery, rule, "
-            "schema, states",
+            "saved_budget, schema, states",
         ),
         ({"name": 3}, "plan key 'name' takes a string; got 3"),
         ({"loss_scale": True}, "plan key 'loss_scale' takes a string; got True"),

@@ -4,6 +4,7 @@ Errors of halfstep are one line on stderr and exit code 2; `--debug` shows the t
 command that needs them, so that `halfstep --help` answers at once.
 """
 
+import dataclasses
 import datetime
 import os
 import shlex
@@ -204,8 +205,10 @@ def plan(
         chosen, why = choice.plan, choice.why
     else:
         chosen = read_plan(loaded.precision)
-    with convert(model, chosen) as conversion:
-        console.print(show_plan(conversion.make_record(why=why)))
+    if chosen.saved_budget:
+        why = f"formats for saved activations are chosen when the first batch arrives, within {chosen.saved_budget}"
+    with convert(model, dataclasses.replace(chosen, saved_budget="")) as conversion:
+        console.print(show_plan(dataclasses.replace(conversion.make_record(why=why), plan=str(chosen))))
     if save is not None:
         chosen.save(save)
 

@@ -359,8 +359,8 @@ def convert(model: nn.Module, plan: Plan) -> Conversion:
         >>> conversion.undo(); layer.weight is weight, layer.weight.dtype
         (True, torch.float32)
 
-    Raises PlanError for a dead rule or a tied weight with two storages, UnsupportedError for what cannot be honoured
-    here, ModelError for a model whose weights are 16 bits wide already. A model that is refused is left as it was.
+    Raises PlanError for a dead rule, a tied weight with two storages or a `saved_budget`, UnsupportedError for what cannot be
+    honoured here, ModelError for a model whose weights are 16 bits wide already. A model that is refused is left as it was.
     """
     conversion = draft_conversion(model, plan)
     conversion.apply()
@@ -369,6 +369,11 @@ def convert(model: nn.Module, plan: Plan) -> Conversion:
 
 def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
     """What `convert` would do, checked and not yet done; raises what `convert` raises."""
+    if plan.saved_budget:
+        raise PlanError(
+            f"saved_budget={plan.saved_budget} is met by measuring a batch, and convert() sees none; give the plan to prepare(), "
+            "or state `saved` in its rules"
+        )
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
     for path, module in model.named_modules():

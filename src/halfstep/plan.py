@@ -53,7 +53,8 @@ CASTS = ("op", "unit")
 OF_PRODUCTS = ("grad", "grad_input", "grad_weight", "scaling")  # settings that say more about `compute`
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
-HEAD = ("name", "loss_scale", "states", "recovery", "products", "functions")  # keys of the plan itself
+HEAD = ("name", "loss_scale", "states", "recovery", "products", "functions", "saved_budget")  # keys of the plan itself
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # of memory, in bytes
 STATES = ("fp32", "8-bit")
 PRODUCTS = ("native", "emulated")
 FUNCTIONS = ("torch", "fast")
@@ -169,6 +170,9 @@ class Resolution:
 class Plan:
     """Ordered rules, how the loss is scaled, and what is done about steps that fail (`control.controller` says how).
 
+    saved_budget: how much memory saved activations may take, as "64MiB" (KiB, MiB, GiB): when the first batch arrives, formats
+        are chosen that fit with the least harm, for all modules of which no rule states `saved`.
+
     Examples:
         >>> plan = Plan.preset("bf16-mixed")
         >>> Plan.parse(str(plan)) == plan
@@ -180,10 +184,14 @@ class Plan:
     states: str = "fp32"  # of the optimizer, as `mechanisms.optimizer_states` keeps them
     recovery: str = "skip"
     products: str = "native"  # emulated: with the numerics of units that are not here, also where there is a unit
-    functions: str = "torch"  # fast: dropout, attention and cross-entropy as `mechanisms.functions` has them
+    functions: str = "torch"  # fast: those of `mechanisms.functions` in place of torch's own
+    saved_budget: str = ""  # "" means that nothing is chosen
     name: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "saved_budget", "".join(str(self.saved_budget).split()))
+        if self.saved_budget and self.saved_bytes <= 0:
+            raise PlanError(f"saved_budget={self.saved_budget} leaves no room; give a number above 0, such as 64MiB")
         words = {
             "loss_scale": LOSS_SCALES, "states": STATES, "recovery": RECOVERIES, "products": PRODUCTS,
             "functions": FUNCTIONS,
@@ -191,6 +199,23 @@ class Plan:
         for key, allowed in words.items():
             if getattr(self, key) not in allowed:
                 raise PlanError(describe_unknown(key, getattr(self, key), allowed))
+
+    @property
+    def saved_bytes(self) -> int:
+        """The budget of saved activations in bytes; 0 where there is none.
+
+        Examples:
+            >>> Plan(saved_budget="1.5 KiB").saved_bytes
+            1536
+        """
+        if not self.saved_budget:
+            return 0
+        found = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(UNITS)})", self.saved_budget)
+        if found is None:
+            raise PlanError(
+                f"saved_budget takes a number and a unit ({', '.join(UNITS)}), as 64MiB; got '{self.saved_budget:.60}'"
+            )
+        return int(float(found[1]) * UNITS[found[2]])
 
     @staticmethod
     def preset(name: str) -> "Plan":
@@ -243,7 +268,7 @@ class Plan:
 
     def _rare(self) -> dict[str, str]:
         """Keys of the head that are written only where they are not the default."""
-        keys = ("states", "recovery", "products", "functions")
+        keys = ("states", "recovery", "products", "functions", "saved_budget")
         return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(Plan, key)}
 
     def to_dict(self) -> dict[str, Any]:

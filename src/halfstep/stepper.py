@@ -86,7 +86,10 @@ class Stepper:
         self._hooks.enter_context(guard_copies(model, lambda: self.conversion.widened()))
 
     def __repr__(self) -> str:
-        plan = "auto, not chosen yet" if self._in_force.is_waiting else self.plan.name or "a plan of its own"
+        plan = self.plan.name or "a plan of its own"
+        if self._in_force.is_waiting:
+            budget = self._in_force.budget
+            plan = f"{plan}, saved_budget={budget} not met yet" if budget else "auto, not chosen yet"
         return f"Stepper({plan}; {self.applied} applied, {self.skipped} skipped; loss scale {self.scale:g})"
 
     @property
@@ -126,15 +129,18 @@ class Stepper:
     def autocast(self) -> Iterator[None]:
         """What the forward pass and the loss run under."""
         outer = self._around
-        if self.conversion.keeper is not None:  # the same noise whatever was skipped or evaluated before
-            self.conversion.keeper.passes = self.applied * self.accumulate + self._window.micro
         with ExitStack() as stack:
-            stack.enter_context(self.conversion.autocast())
+            self._open_autocast(stack)
             self._around = stack
             try:
                 yield
             finally:
                 self._around = outer
+
+    def _open_autocast(self, stack: ExitStack) -> None:
+        if self.conversion.keeper is not None:  # the same noise whatever was skipped or evaluated before
+            self.conversion.keeper.passes = self.applied * self.accumulate + self._window.micro
+        stack.enter_context(self.conversion.autocast())
 
     def step(self, loss: Tensor | None = None, *, closure: Callable[[], Tensor] | None = None) -> StepOutcome:
         """Backward, then update unless this is a micro-batch of a window or a gradient is not finite.
@@ -151,6 +157,7 @@ class Stepper:
             return self._step_by_closure(loss, closure)
         if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ModelError("LBFGS evaluates the loss itself; call step(closure=f), where f() returns the loss")
+        self._in_force.require_met_budget()
         if self.options.release:
             return self._step_released(loss)
         self._window.go_backward(loss, self.scale / self.accumulate)
@@ -204,6 +211,7 @@ class Stepper:
         """One bad evaluation undoes the whole step."""
         require_whole(self.options, self.optimizers)
         self._let_auto_choose(closure)
+        self._in_force.require_met_budget()
         snapshot, before, is_due = self._take_snapshot(), self.scale, self._rescue.needs_state(self.applied)
         step = ClosureStep(
             window=self._window, optimizers=self._optimizers, masters=self.conversion.masters, autocast=self.autocast,
@@ -322,15 +330,18 @@ class Stepper:
         self._scale = scale
         return [rule.path for rule in rules]
 
-    def wait_for_batch(self) -> None:
-        """Choose the plan when the first training batch arrives, just before the model sees it."""
+    def wait_for_batch(self, budget: str = "") -> None:
+        """Choose the plan when the first training batch arrives, just before the model sees it.
+
+        budget: choose nothing but the formats of saved activations, so that they fit into it.
+        """
 
         def take(choice: Choice) -> None:
             self._adopt(choice.plan, choice.why, choice.seconds)
             if self._around is not None:
-                self._around.enter_context(self.conversion.autocast())
+                self._open_autocast(self._around)
 
-        self._in_force.wait_for_batch(take)
+        self._in_force.wait_for_batch(take, budget)
 
     def _let_auto_choose(self, closure: Callable[[], Tensor]) -> None:
         """It does so in a forward pass, which must not be one in the middle of an update."""
@@ -352,6 +363,7 @@ class Stepper:
             self._window.load_state_dict(window, self.scale / before)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
+        budget = plan.saved_budget
         self._in_force.adopt(plan)
         plan = self.plan
         self._window.histories = self.conversion.histories
@@ -362,6 +374,8 @@ class Stepper:
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         self.plan_record = self.conversion.make_record(step=self.applied, why=why, seconds=seconds)
+        if budget:
+            self.wait_for_batch(budget)
 
     def restore(self) -> nn.Module:
         """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""
@@ -440,7 +454,8 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         model: an fp32 module. To train it in several processes, wrap `stepper.model` afterwards.
         optimizer: any torch optimizer over its parameters, or several that share them out.
         plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
-            path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it.
+            path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it; a
+            plan with `saved_budget` chooses formats for saved activations then.
         accumulate: micro-batches in one update; each loss is divided by it.
         clip: largest 2-norm of all gradients together, after unscaling.
         schedulers: stepped once for every applied step.

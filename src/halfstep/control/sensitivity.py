@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import LayerShape, observe_shapes
-from halfstep.control.search import NOISE, LayerCost, SavedCost, choose_formats
+from halfstep.control.search import NOISE, LayerCost, SavedCost, choose_formats, choose_saved_formats
 from halfstep.conversion import convert, draft_conversion
+from halfstep.errors import ModelError, PlanError
 from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
 from halfstep.machine.runtime import release_memory
 from halfstep.mechanisms.activations import Keeper
@@ -181,6 +182,82 @@ def _add_up(records: Sequence[SavedRecord]) -> tuple[dict[str, tuple[int, int]],
     return sizes, {r.path: 10 ** (-r.sqnr / 10) for r in records if r.sqnr is not None}
 
 
+def project(outputs: Any) -> Tensor:
+    """One number whose gradient at every output is random: what a loss would send back that is not known yet.
+
+    Raises ModelError where no output depends on a weight.
+    """
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    if not tensors:
+        raise ModelError("the model returns no tensor that depends on its weights, so no gradient can be measured")
+    return sum((t.to(torch.float32) * torch.randn_like(t, dtype=torch.float32)).mean() for t in tensors)  # type: ignore[return-value]
+
+
+def fit_saved(model: nn.Module, plan: Plan, run: Callable[[], Tensor]) -> Choice:
+    """The plan with formats for saved activations that fit into its `saved_budget`; what its rules say of `saved` stands.
+
+    run: runs the model on a batch, under its autocast if it has one, and returns a loss.
+
+    Costs of modules add up to the cost of all only where no two save the same tensor, which is packed once for each of their
+    formats. So what is chosen is tried, and chosen again for less until it does fit.
+
+    Examples:
+        >>> model, x = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 1)), torch.randn(512, 64)
+        >>> choice = fit_saved(model, Plan(saved_budget="300KiB"), lambda: model(x).square().mean())
+        >>> [(rule.path, rule.saved) for rule in choice.plan.rules]
+        [('1', 'int8'), ('2', 'int8')]
+
+    Raises PlanError where the narrowest formats of all do not fit.
+    """
+    start, budget = time.perf_counter(), plan.saved_bytes
+    table = plan.resolve({path: find_kind(module) for path, module in model.named_modules()}).table
+    stated = {path: s.saved.replace("fp32", "") for path, s in table.items() if s.saved}
+    costs = [_hold(cost, stated) for cost in measure_saved_costs(model, run)]
+    limit, least = budget, sum(min(cost.bytes.values()) for cost in costs)
+    while True:
+        try:
+            chosen = choose_saved_formats(costs, limit)
+        except PlanError:
+            raise PlanError(
+                f"saved_budget={plan.saved_budget} cannot be met: on this batch saved activations take {least / 2**20:.4g} MiB "
+                "in the narrowest formats that the plan allows; give more, or a smaller batch"
+            ) from None
+        kept = _measure_kept(model, run, chosen | stated)
+        if kept <= budget:
+            break
+        limit, least = sum(cost.bytes[chosen[cost.path]] for cost in costs) - 1, kept
+    rules = [_state_saved(cost, chosen[cost.path], table[cost.path].why) for cost in costs if chosen[cost.path]]
+    before = sum(cost.bytes[""] for cost in costs)
+    why = (
+        f"saved_budget={plan.saved_budget}: saved activations take {before / 2**20:.4g} MiB on this batch, and "
+        f"{(kept if rules else before) / 2**20:.4g} MiB with those of {len(rules)} modules in fewer bits"
+    )
+    plan = replace(plan, rules=(*rules, *plan.rules), saved_budget="")
+    return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
+
+
+def _hold(cost: SavedCost, stated: Mapping[str, str]) -> SavedCost:
+    """The cost of a module whose format is stated already: there is nothing to choose."""
+    if cost.path not in stated:
+        return cost
+    return SavedCost(path=cost.path, bytes={"": cost.bytes[stated[cost.path]]}, harm={"": 0.0})
+
+
+def _measure_kept(model: nn.Module, run: Callable[[], Tensor], table: Mapping[str, str]) -> int:
+    """Bytes that are kept for the backward pass in these formats; 0 where all of it is as it is."""
+    keeper = Keeper(model, {path: table.get(path, "") for path, _ in model.named_modules()})
+    with leave_no_trace(model), torch.random.fork_rng(devices=find_devices(model)), keeper.keep():
+        run()
+    return sum(kept for _, kept in _add_up(keeper.records)[0].values())
+
+
+def _state_saved(cost: SavedCost, format: str, other: str) -> Rule:
+    """The rule for what a module saves, with the reason after that of its other settings."""
+    sizes = f"saved activations take {cost.bytes[''] / 2**20:.3g} MiB, {cost.bytes[format] / 2**20:.3g} in {format}"
+    why = f"{sizes}, which changes the gradient by {cost.harm[format]:.2g} of its square"
+    return Rule(path=cost.path, saved=format, why="; ".join(filter(None, [other, why])))
+
+
 def _time_cast(format: str, watch: Stopwatch) -> float:
     """Milliseconds a number, at the size of a large activation."""
     count = 1 << 20
@@ -234,7 +311,7 @@ def measure_harm(model: nn.Module, plan: Plan, run: Callable[[int], None]) -> tu
         >>> harm.path, harm.error < 1e-3 < harm.noise
         ('0', True)
     """
-    table = draft_conversion(model, plan).table
+    table = draft_conversion(model, replace(plan, saved_budget="")).table
     layers = [path for path, module in model.named_modules() if find_kind(module) and table[path].compute not in WIDE]
 
     def differentiate(plan: Plan, number: int) -> list[Tensor]:

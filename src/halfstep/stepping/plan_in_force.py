@@ -1,14 +1,18 @@
-"""The plan in force: what it has done to the model, how another one takes its place, and the wait of "auto" for a batch."""
+"""The plan in force: what it has done to the model, how another one takes its place, and the wait for a batch.
+
+Two things wait for one: "auto", which chooses a plan, and a plan with a `saved_budget`, which is in force already but for
+the formats of saved activations.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from halfstep.control.sensitivity import Choice, choose_plan
+from halfstep.control.sensitivity import Choice, choose_plan, fit_saved, project
 from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.distributed import is_inside_wrapper
 from halfstep.errors import ModelError, PlanError, describe_unknown
@@ -34,19 +38,22 @@ class PlanInForce:
 
     def __init__(self, model: nn.Module, optimizers: Optimizers, options: Options) -> None:
         self._model, self._optimizers, self._options = model, optimizers, options
-        self._waiting: RemovableHandle | None = None  # "auto" that has not seen a batch yet
+        self._waiting: RemovableHandle | None = None  # "auto" or a budget that has not seen a batch yet
+        self.budget = ""  # for saved activations, that waits for one
         self.conversion = convert(model, PRESETS["32-true"])
         optimizers.masters = self.conversion.masters
 
     @property
     def is_waiting(self) -> bool:
-        """Whether "auto" has not chosen yet."""
+        """Whether "auto" has not chosen yet, or a budget is not met yet."""
         return self._waiting is not None
 
     def adopt(self, plan: Plan) -> None:
-        """Put another plan in force. Raises what `convert` raises; the plan before stays in force then."""
-        plan = replace(plan, recovery=self._options.recovery or plan.recovery)
-        self.stop_waiting()
+        """Put another plan in force, whose `saved_budget` is left to `wait_for_batch`.
+
+        Raises what `convert` raises; the plan before stays in force then.
+        """
+        plan = replace(plan, recovery=self._options.recovery or plan.recovery, saved_budget="")
         before = self.conversion
         before.undo()
         try:
@@ -57,6 +64,7 @@ class PlanInForce:
             self._follow(convert(self._model, before.plan), before)
             self._optimizers.masters = self.conversion.masters
             raise
+        self.stop_waiting()
         self._follow(drafted, before)
         self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
 
@@ -75,8 +83,10 @@ class PlanInForce:
         self.conversion = convert(self._model, PRESETS["32-true"])
         self._optimizers.follow(self.conversion.masters)
 
-    def wait_for_batch(self, take: Callable[[Choice], None]) -> None:
+    def wait_for_batch(self, take: Callable[[Choice], None], budget: str = "") -> None:
         """Choose a plan when the first training batch arrives, just before the model sees it, and hand it to `take`.
+
+        budget: choose nothing but formats for saved activations that fit into it.
 
         Of several processes all take the plan of the first.
         """
@@ -85,22 +95,60 @@ class PlanInForce:
             if not module.training or not torch.is_grad_enabled():
                 return
             if is_inside_wrapper():
+                what = (
+                    f"saved_budget={budget} puts its plan in force anew"
+                    if budget
+                    else "'auto' may change the format of weights"
+                )
                 raise ModelError(
-                    "'auto' may change the format of weights, for which DistributedDataParallel has its buffers already: "
-                    "run one training batch through stepper.model before you wrap it, or give prepare() a plan"
+                    f"{what}, for which DistributedDataParallel has its buffers already: run one training batch through "
+                    "stepper.model before you wrap it, or give prepare() a plan"
                 )
             self.stop_waiting()
-            profile = self._options.profile or get_profile(self.conversion.device_type)
-            choice = choose_plan(module, args, kwargs, profile=profile)
+            try:
+                choice = self._fit_saved(budget, args, kwargs) if budget else self._choose(args, kwargs)
+            except Exception:
+                self.wait_for_batch(take, budget)
+                raise
             plan = self._options.find_ranks().gather(str(choice.plan))[0]
             take(replace(choice, plan=Plan.parse(plan)))
 
-        self._waiting = self._model.register_forward_pre_hook(choose, with_kwargs=True)
+        self.stop_waiting()
+        self._waiting, self.budget = self._model.register_forward_pre_hook(choose, with_kwargs=True), budget
+
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+        profile = self._options.profile or get_profile(self.conversion.device_type)
+        return choose_plan(self._model, args, kwargs, profile=profile)
+
+    def _fit_saved(self, budget: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+        """Measured under the plan that is in force; scales that follow a history are as before it."""
+        conversion = self.conversion
+        histories, keeper = conversion.histories.copy(), conversion.keeper
+
+        def run() -> Tensor:
+            with conversion.autocast():
+                return project(self._model(*args, **kwargs))
+
+        conversion.keeper = None  # its formats are among those that are measured
+        try:
+            with conversion.stand_by():
+                return fit_saved(self._model, replace(conversion.plan, saved_budget=budget), run)
+        finally:
+            conversion.keeper = keeper
+            conversion.histories.put_back(histories)
 
     def stop_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.remove()
-        self._waiting = None
+        self._waiting, self.budget = None, ""
+
+    def require_met_budget(self) -> None:
+        """Raises ModelError where a step would be made without the formats that a budget asks for."""
+        if self.budget:
+            raise ModelError(
+                f"saved_budget={self.budget} has not been met yet: formats are chosen when stepper.model(...) itself is called "
+                "in training mode with gradients, and it was not; call it so, or state `saved` in the plan's rules"
+            )
 
 
 def read_plan(plan: Plan | str) -> Plan:
