@@ -36,6 +36,7 @@ SPINE = [
     "numerics.words",
     "numerics.kernels",
     "numerics.packing",
+    "numerics.updates",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",
