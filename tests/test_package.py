@@ -37,6 +37,7 @@ SPINE = [
     "numerics.kernels",
     "numerics.packing",
     "numerics.dropouts",
+    "numerics.updates",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",

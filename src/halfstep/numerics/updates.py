@@ -1,0 +1,334 @@
+"""One update of AdamW, Adam or SGD: the readable truth, and its fast twin in updates.c, which reads and writes each byte once.
+
+The arithmetic is that of torch's own optimizers, operation by operation in fp32, so that both give torch's bits:
+
+    g       = gradient * factor                               factor: unscaling and clipping in one
+    AdamW   w = w * (1 - lr * decay)
+    Adam    g = fma(decay, w, g)
+    both    m = lerp(m, g, 1 - beta1)                         fma(1 - beta1, g - m, m), from the nearer end
+            v = fma((1 - beta2) * g, g, beta2 * v)
+            w = w + (-lr / c1) * m / (sqrt(v) / sqrt(c2) + eps)        c = 1 - beta^t
+    SGD     g = fma(decay, w, g)
+            b = fma(1 - dampening, g, momentum * b)           at first b = g
+            w = fma(-lr, b, w)                                Nesterov: fma(momentum, b, g) in place of b
+
+fma(a, b, c) = a * b + c is rounded once: torch's vector loops do so on processors that can. Factors such as lr / c1 are computed
+in Python's fp64 and rounded to fp32 once. Square roots are of two kinds:
+
+    rooted by torch    as torch.sqrt gives them. Built with MKL they are MKL's, of which one in five is not the nearest fp32
+                       number; the kernel calls the same function. With them an update has the bits of torch's loops (fused=False)
+    nearest            the processor's: fast, and the nearest number. With them it has the bits of torch's fused=True, but for
+                       the last numbers of a tensor, fewer than a vector, which torch takes one by one and rounds otherwise
+
+Where another torch, or another processor, rounds otherwise, the twin does not agree with the truth and is not used.
+
+A weight is kept in one of three ways; bytes read and written for each with a bf16 gradient, by Adam:
+
+    wide     fp32                                                              14 + 12
+    split    bf16, and the 16 bits that it lacks (numerics/words)              14 + 12
+    copy     bf16, rounded to nearest from an fp32 tensor beside it            14 + 14
+"""
+
+import ctypes
+import itertools
+import os
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfstep.numerics.kernels import COUNT, INT, POINTER, Kernels
+from halfstep.numerics.words import join, split
+
+WIDE, SPLIT, COPY = range(3)
+PLAIN, DECOUPLED, COUPLED = range(3)
+NONE, BEGINS, GOES_ON = range(3)
+
+
+class Weight(NamedTuple):
+    """A weight as it is kept: fp32 alone, bf16 with int16 (split), or bf16 with fp32 (copy)."""
+
+    live: Tensor
+    rest: Tensor | None = None
+
+    @property
+    def storage(self) -> int:
+        if self.rest is None:
+            return WIDE
+        return SPLIT if self.rest.dtype == torch.int16 else COPY
+
+    def read(self) -> Tensor:
+        """The fp32 value; the kept tensor itself where that is fp32."""
+        if self.rest is None:
+            return self.live
+        return join(self.live, self.rest) if self.storage == SPLIT else self.rest
+
+    def write(self, value: Tensor) -> None:
+        """Take over what `read` gave, after it was updated."""
+        if self.rest is not None and self.storage == SPLIT:
+            split(value, self.live, self.rest)
+        elif self.rest is not None:
+            self.live.copy_(value)
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """What one step of Adam or AdamW multiplies with, in the order of updates.c.
+
+    Examples:
+        >>> step = AdamStep.of(lr=0.1, betas=(0.9, 0.999), eps=1e-8, decay=0.5, decoupled=True, count=1)
+        >>> step.decay, round(step.step, 9)
+        (0.95, -1.0)
+    """
+
+    first: float  # 1 - beta1
+    kept: float  # beta2
+    second: float  # 1 - beta2
+    correction: float  # sqrt(1 - beta2^t)
+    eps: float
+    step: float  # -lr / (1 - beta1^t)
+    decay: float  # 1 - lr * decay where that is decoupled
+    factor: float
+    way: int  # PLAIN, DECOUPLED or COUPLED
+    nearest: bool = False  # square roots are the processor's
+
+    @staticmethod
+    def of(
+        *, lr: float | Tensor, betas: tuple[float, float], eps: float, decay: float, decoupled: bool, count: float,
+        factor: float = 1.0, nearest: bool = False,
+    ) -> "AdamStep":  # fmt: skip
+        """Computed as torch does; a tensor `lr` takes part in its own dtype. count: steps with this one."""
+        (beta1, beta2), way = betas, PLAIN
+        if decay:
+            way = DECOUPLED if decoupled else COUPLED
+        step = float(-(lr / (1 - beta1**count)))
+        shrink = float(1 - lr * decay) if decoupled else decay
+        return AdamStep(1 - beta1, beta2, 1 - beta2, (1 - beta2**count) ** 0.5, eps, step, shrink, factor, way, nearest)
+
+
+@dataclass(frozen=True)
+class SgdStep:
+    """What one step of SGD multiplies with, in the order of updates.c."""
+
+    momentum: float
+    fresh: float  # 1 - dampening
+    step: float  # -lr
+    decay: float
+    factor: float
+    way: int  # NONE, BEGINS or GOES_ON
+    nesterov: bool
+
+
+def update_adam_slowly(weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
+    """One update in place, in torch's operations.
+
+    Examples:
+        >>> weight, m, v = Weight(torch.ones(1)), torch.zeros(1), torch.zeros(1)
+        >>> step = AdamStep.of(lr=0.1, betas=(0.9, 0.999), eps=0.0, decay=0.0, decoupled=True, count=1)
+        >>> update_adam_slowly(weight, torch.tensor([4.0]), m, v, step)
+        >>> round(weight.live.item(), 4)
+        0.9
+    """
+    w, g = weight.read(), gradient.to(torch.float32) * step.factor
+    if step.way == DECOUPLED:
+        w.mul_(step.decay)
+    elif step.way == COUPLED:
+        g = g.add(w, alpha=step.decay)
+    exp_avg.lerp_(g, step.first)
+    exp_avg_sq.mul_(step.kept).addcmul_(g, g, value=step.second)
+    root = exp_avg_sq.to(torch.float64).sqrt().to(torch.float32) if step.nearest else exp_avg_sq.sqrt()
+    w.addcdiv_(exp_avg, (root / step.correction).add_(step.eps), value=step.step)
+    weight.write(w)
+
+
+def update_sgd_slowly(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
+    """One update in place, in torch's operations; `buffer` holds the momentum, if there is any.
+
+    Examples:
+        >>> weight = Weight(torch.ones(1))
+        >>> update_sgd_slowly(weight, torch.tensor([4.0]), None, SgdStep(0.0, 1.0, -0.1, 0.0, 0.5, NONE, False))
+        >>> round(weight.live.item(), 4)
+        0.8
+    """
+    w, g = weight.read(), gradient.to(torch.float32) * step.factor
+    if step.decay:
+        g = g.add(w, alpha=step.decay)
+    if buffer is not None:
+        if step.way == BEGINS:
+            buffer.copy_(g)
+        else:
+            buffer.mul_(step.momentum).add_(g, alpha=step.fresh)
+        g = g.add(buffer, alpha=step.momentum) if step.nesterov else buffer
+    w.add_(g, alpha=step.step)
+    weight.write(w)
+
+
+def update_adam(weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
+    """`update_adam_slowly`, by the kernel where there is one; all tensors lie in memory in the same order."""
+    functions = _take(weight, gradient, exp_avg, exp_avg_sq)
+    if functions is None:
+        update_adam_slowly(weight, gradient, exp_avg, exp_avg_sq, step)
+    else:
+        _update_adam(functions, weight, gradient, exp_avg, exp_avg_sq, step)
+
+
+def update_sgd(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
+    """`update_sgd_slowly`, by the kernel where there is one; all tensors lie in memory in the same order."""
+    functions = _take(weight, gradient, *(() if buffer is None else (buffer,)))
+    if functions is None:
+        update_sgd_slowly(weight, gradient, buffer, step)
+    else:
+        _update_sgd(functions, weight, gradient, buffer, step)
+
+
+def fits(weight: Weight, gradient: Tensor, *states: Tensor) -> bool:
+    """Whether the kernels can work on these: dtypes, device, and all of them in memory in the same order without gaps."""
+    live, rest = weight
+    halves = (torch.float32,) if rest is None else (torch.bfloat16,)
+    if live.dtype not in halves or (rest is not None and rest.dtype not in (torch.int16, torch.float32)):
+        return False
+    if gradient.dtype not in (torch.float32, torch.bfloat16) or any(state.dtype != torch.float32 for state in states):
+        return False
+    return lie_alike(live, gradient, *states, *(() if rest is None else (rest,)))
+
+
+def lie_alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether dense tensors on the processor have their numbers in the same order in memory, without gaps.
+
+    Examples:
+        >>> x = torch.zeros(2, 3)
+        >>> lie_alike(x, x.clone()), lie_alike(x.T, x.clone().T), lie_alike(x.T, torch.zeros(3, 2))
+        (True, True, False)
+    """
+    tensors = (first, *others)
+    if any(t.layout is not torch.strided or t.device.type != "cpu" or t.shape != first.shape for t in tensors):
+        return False
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    return _is_dense(first) and all(t.stride() == first.stride() for t in others)
+
+
+def _is_dense(x: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _take(weight: Weight, gradient: Tensor, *states: Tensor) -> ctypes.CDLL | None:
+    return KERNELS.library.functions if fits(weight, gradient, *states) else None
+
+
+def _find(weight: Weight, gradient: Tensor) -> tuple[int, int, int, int | None, int]:
+    """Gradient's width; addresses of live, rest and gradient."""
+    rest = None if weight.rest is None else weight.rest.data_ptr()
+    half = int(gradient.dtype is torch.bfloat16)
+    return weight.storage, half, weight.live.data_ptr(), rest, gradient.data_ptr()
+
+
+def _pack(step: AdamStep | SgdStep, count: int) -> "ctypes.Array[ctypes.c_float]":
+    return (ctypes.c_float * count)(*astuple(step)[:count])
+
+
+def _update_adam(
+    functions: ctypes.CDLL, weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep
+) -> None:
+    storage, half, live, rest, g = _find(weight, gradient)
+    states, count = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), gradient.numel()
+    roots = None if step.nearest else _find_roots()
+    functions.update_adam(storage, half, step.way, live, rest, g, *states, count, _pack(step, 8), roots)
+
+
+@cache
+def _find_roots() -> int | None:
+    """Address of the function that torch takes square roots with; None where it takes the processor's."""
+    if not torch.backends.mkl.is_available():
+        return None
+    try:
+        home = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+        return ctypes.cast(ctypes.CDLL(home).vmsSqrt, POINTER).value
+    except (OSError, AttributeError):
+        return None  # the kernel then does not agree with torch
+
+
+def _update_sgd(functions: ctypes.CDLL, weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
+    storage, half, live, rest, g = _find(weight, gradient)
+    state, count = None if buffer is None else buffer.data_ptr(), gradient.numel()
+    way = NONE if buffer is None else step.way
+    functions.update_sgd(storage, half, way, int(step.nesterov), live, rest, g, state, count, _pack(step, 5))
+
+
+def _agrees(functions: ctypes.CDLL) -> bool:
+    """Whether kernels and truth give the same bits, tried on whole vectors and some numbers more, over a few steps."""
+    storages = (WIDE, SPLIT, COPY)
+    return all(
+        _agrees_on_adam(functions, storage, decoupled, nearest) and _agrees_on_sgd(functions, storage, decoupled)
+        for storage, decoupled, nearest in itertools.product(storages, (True, False), (True, False))
+    )
+
+
+def _draw(count: int, start: int) -> Tensor:
+    """Numbers of many magnitudes and both signs, without touching torch's noise."""
+    place = torch.arange(start, start + count, device="cpu", dtype=torch.float32)
+    return torch.sin(place * 12.9898) * torch.exp(2 * torch.sin(place * 78.233))
+
+
+def _keep(value: Tensor, storage: int) -> Weight:
+    if storage == WIDE:
+        return Weight(value.clone())
+    live = torch.empty_like(value, dtype=torch.bfloat16)
+    if storage == COPY:
+        return Weight(live.copy_(value), value.clone())
+    rest = torch.empty_like(value, dtype=torch.int16)
+    split(value.clone(), live, rest)
+    return Weight(live, rest)
+
+
+def _equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return all(map(torch.equal, ours, theirs))
+
+
+COUNT_TRIED = 1029  # a block, and a few numbers that fill no vector
+
+
+def _agrees_on_adam(functions: ctypes.CDLL, storage: int, decoupled: bool, nearest: bool) -> bool:
+    ours, theirs = _begin(storage), _begin(storage)
+    for t in (1, 2, 3):
+        step = AdamStep.of(
+            lr=0.03, betas=(0.9 if decoupled else 0.4, 0.97), eps=1e-6, decay=0.1, decoupled=decoupled, count=t,
+            factor=0.3, nearest=nearest,
+        )  # fmt: skip
+        gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
+        update_adam_slowly(ours[0], gradient, *ours[1:], step)
+        _update_adam(functions, theirs[0], gradient, *theirs[1:], step)
+    return _equal((ours[0].read(), ours[0].live, *ours[1:]), (theirs[0].read(), theirs[0].live, *theirs[1:]))
+
+
+def _agrees_on_sgd(functions: ctypes.CDLL, storage: int, nesterov: bool) -> bool:
+    ours, theirs = _begin(storage), _begin(storage)
+    for t in (1, 2, 3):
+        step = SgdStep(0.9, 1.0 if nesterov else 0.7, -0.03, 0.1, 0.3, BEGINS if t == 1 else GOES_ON, nesterov)
+        gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
+        update_sgd_slowly(ours[0], gradient, ours[1], step)
+        _update_sgd(functions, theirs[0], gradient, theirs[1], step)
+    return _equal((ours[0].read(), ours[0].live, ours[1]), (theirs[0].read(), theirs[0].live, theirs[1]))
+
+
+def _begin(storage: int) -> tuple[Weight, Tensor, Tensor]:
+    """A weight and two states."""
+    start = _draw(COUNT_TRIED, 0)
+    return _keep(start, storage), torch.zeros_like(start), torch.zeros_like(start)
+
+
+KERNELS = Kernels(
+    "updates.c",
+    {
+        "update_adam": [INT, INT, INT, POINTER, POINTER, POINTER, POINTER, POINTER, COUNT, POINTER, POINTER],
+        "update_sgd": [INT, INT, INT, INT, POINTER, POINTER, POINTER, POINTER, COUNT, POINTER],
+    },
+    _agrees,
+)

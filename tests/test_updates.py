@@ -1,0 +1,255 @@
+"""Updates in one pass: one body over the truth and the kernels, and torch's own optimizers beside them."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfstep.numerics import kernels, updates
+from halfstep.numerics.updates import BEGINS, COPY, GOES_ON, NONE, SPLIT, WIDE, AdamStep, SgdStep, Weight, lie_alike
+from halfstep.numerics.words import join, split
+from helpers import bits, seeded
+
+STORAGES = [WIDE, SPLIT, COPY]
+both = pytest.mark.parametrize(
+    ("update_adam", "update_sgd"),
+    [(updates.update_adam_slowly, updates.update_sgd_slowly), (updates.update_adam, updates.update_sgd)],
+    ids=["truth", "kernels"],
+)
+storages = pytest.mark.parametrize("storage", STORAGES, ids=["wide", "split", "copy"])
+sizes = pytest.mark.parametrize("count", [1, 7, 1024, 70_001])
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=lambda count: f"threads {count}")
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def keep(value: Tensor, storage: int) -> Weight:
+    if storage == WIDE:
+        return Weight(value.clone())
+    live, rest = torch.empty_like(value, dtype=torch.bfloat16), torch.empty_like(value, dtype=torch.int16)
+    if storage == COPY:
+        return Weight(live.copy_(value), value.clone())
+    split(value.clone(), live, rest)
+    return Weight(live, rest)
+
+
+def read(weight: Weight) -> Tensor:
+    if weight.rest is None:
+        return weight.live
+    return join(weight.live, weight.rest) if weight.storage == SPLIT else weight.rest
+
+
+def test_the_kernels_of_this_machine_agree_with_torch_where_it_has_a_compiler() -> None:
+    if any(map(kernels.shutil.which, kernels.COMPILERS)) and "AVX512" in torch.backends.cpu.get_cpu_capability():
+        assert updates.KERNELS.describe().startswith("native: ")
+
+
+ADAMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "AdamW without decay": (torch.optim.AdamW, {"weight_decay": 0.0}),
+    "Adam": (torch.optim.Adam, {"weight_decay": 0.1}),
+    "Adam from the far end": (torch.optim.Adam, {"betas": (0.3, 0.9), "eps": 1e-4}),
+}
+
+
+def run_torch(
+    kind: Any, start: Tensor, gradients: list[Tensor], factor: float, **extra: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    parameter = nn.Parameter(start.clone())
+    optimizer = kind([parameter], **extra)
+    for gradient in gradients:
+        parameter.grad = gradient.float() * factor
+        optimizer.step()
+    return parameter.detach(), optimizer.state[parameter]
+
+
+def run_adam(
+    update: Callable[..., None], weight: Weight, gradients: list[Tensor], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    exp_avg, exp_avg_sq = torch.zeros(2, weight.live.numel())
+    for t, gradient in enumerate(gradients, 1):
+        update(weight, gradient, exp_avg, exp_avg_sq, AdamStep.of(count=t, **options))
+    return exp_avg, exp_avg_sq
+
+
+def take_options(kind: Any, extra: dict[str, Any], *, factor: float, nearest: bool) -> dict[str, Any]:
+    group = kind([torch.zeros(1)], lr=0.02, **extra).param_groups[0]
+    options: dict[str, Any] = {
+        "lr": group["lr"],
+        "betas": group["betas"],
+        "eps": group["eps"],
+        "decay": group["weight_decay"],
+    }
+    return options | {"decoupled": kind is torch.optim.AdamW, "factor": factor, "nearest": nearest}
+
+
+def draw(count: int, steps: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    with seeded(seed):
+        return torch.randn(count), [torch.randn(count).mul_(10.0 ** (i % 5 - 3)).to(dtype) for i in range(steps)]
+
+
+@both
+@storages
+@sizes
+@pytest.mark.parametrize("name", ADAMS)
+def test_adam_has_the_bits_of_torchs_loop(
+    update_adam: Callable[..., None], update_sgd: object, storage: int, count: int, name: str
+) -> None:
+    kind, extra = ADAMS[name]
+    start, gradients = draw(count, 12, torch.bfloat16 if storage != WIDE else torch.float32)
+    expected, state = run_torch(kind, start, gradients, 0.37, lr=0.02, fused=False, **extra)
+    weight = keep(start, storage)
+    options = take_options(kind, extra, factor=0.37, nearest=False)
+    exp_avg, exp_avg_sq = run_adam(update_adam, weight, gradients, options)
+    assert torch.equal(bits(read(weight)), bits(expected))
+    assert torch.equal(bits(exp_avg), bits(state["exp_avg"]))
+    assert torch.equal(bits(exp_avg_sq), bits(state["exp_avg_sq"]))
+    if storage == COPY:
+        assert torch.equal(weight.live, expected.to(torch.bfloat16))
+
+
+@both
+@storages
+@pytest.mark.parametrize("name", ADAMS)
+def test_adam_with_nearest_roots_has_the_bits_of_torchs_fused_one_in_whole_vectors(
+    update_adam: Callable[..., None], update_sgd: object, storage: int, name: str
+) -> None:
+    kind, extra = ADAMS[name]
+    start, gradients = draw(4096, 200, torch.float32)
+    expected, state = run_torch(kind, start, gradients, 1.0, lr=0.02, fused=True, **extra)
+    weight = keep(start, storage)
+    exp_avg, exp_avg_sq = run_adam(update_adam, weight, gradients, take_options(kind, extra, factor=1.0, nearest=True))
+    assert torch.equal(bits(read(weight)), bits(expected))
+    assert torch.equal(bits(exp_avg_sq), bits(state["exp_avg_sq"]))
+    assert torch.equal(bits(exp_avg), bits(state["exp_avg"]))
+
+
+@both
+def test_the_numbers_that_fill_no_vector_stay_within_a_few_units_of_torchs_fused_adamw(
+    update_adam: Callable[..., None], update_sgd: object
+) -> None:
+    start, gradients = draw(15, 300, torch.float32)
+    expected, _ = run_torch(torch.optim.AdamW, start, gradients, 1.0, lr=0.02, fused=True)
+    weight = keep(start, SPLIT)
+    options = take_options(torch.optim.AdamW, {}, factor=1.0, nearest=True)
+    run_adam(update_adam, weight, gradients, options)
+    torch.testing.assert_close(read(weight), expected, rtol=2e-6, atol=2e-6)  # a step moves a weight by up to 0.02
+
+
+@both
+@storages
+@sizes
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov", "decay"),
+    [(0.0, 0.0, False, 0.0), (0.0, 0.0, False, 0.1), (0.9, 0.3, False, 0.1), (0.9, 0.0, True, 0.0)],
+)
+def test_sgd_has_the_bits_of_torchs_loop(
+    update_adam: object, update_sgd: Callable[..., None], storage: int, count: int, momentum: float, dampening: float,
+    nesterov: bool, decay: float,
+) -> None:  # fmt: skip
+    start, gradients = draw(count, 12, torch.bfloat16 if storage != WIDE else torch.float32, seed=3)
+    extra: dict[str, Any] = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": decay}
+    expected, state = run_torch(torch.optim.SGD, start, gradients, 0.37, lr=0.03, fused=False, **extra)
+    weight, buffer = keep(start, storage), torch.full((count,), torch.nan) if momentum else None
+    for t, gradient in enumerate(gradients):
+        way = NONE if buffer is None else GOES_ON if t else BEGINS
+        update_sgd(weight, gradient, buffer, SgdStep(momentum, 1 - dampening, -0.03, decay, 0.37, way, nesterov))
+    assert torch.equal(bits(read(weight)), bits(expected))
+    if buffer is not None:
+        assert torch.equal(bits(buffer), bits(state["momentum_buffer"]))
+
+
+@storages
+@pytest.mark.parametrize("nearest", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_give_the_bits_of_the_truth_at_the_ends_of_fp32(
+    storage: int, nearest: bool, dtype: torch.dtype
+) -> None:
+    tiny = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 3e38, -3e38, 1.0, -1e-20, 65504.0]
+    start, gradient = torch.tensor(list(itertools.product(tiny, tiny))).T.contiguous()
+    found = []
+    for update in (updates.update_adam_slowly, updates.update_adam):
+        weight = keep(start, storage)
+        options: dict[str, Any] = {
+            "lr": 0.1,
+            "betas": (0.9, 0.99),
+            "eps": 1e-8,
+            "decay": 0.1,
+            "decoupled": True,
+            "nearest": nearest,
+        }
+        found.append([read(weight), *run_adam(update, weight, [gradient.to(dtype)] * 3, options), weight.live])
+    for truth, fast in zip(*found, strict=True):
+        assert torch.equal(truth.nan_to_num(7.0), fast.nan_to_num(7.0))
+
+
+@both
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_is_seen_in_the_weight(
+    update_adam: Callable[..., None], update_sgd: object, bad: float
+) -> None:
+    weight = keep(torch.ones(40), SPLIT)
+    gradient = torch.ones(40)
+    gradient[35] = bad
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "decay": 0.0, "decoupled": True}
+    run_adam(update_adam, weight, [gradient], options)
+    assert weight.live.isnan().nonzero().tolist() == [[35]]
+
+
+def test_tensors_that_lie_otherwise_are_left_to_the_truth_and_give_the_same() -> None:
+    options: dict[str, Any] = {
+        "lr": 0.1,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "decay": 0.1,
+        "decoupled": True,
+        "count": 1,
+    }
+    with seeded(1):
+        start, gradient = torch.randn(6, 4), torch.randn(4, 6).T
+    found = []
+    for update in (updates.update_adam_slowly, updates.update_adam):
+        weight, states = Weight(start.clone()), torch.zeros(2, 6, 4)
+        update(weight, gradient, states[0], states[1], AdamStep.of(**options))
+        found.append(weight.live)
+    assert torch.equal(*found)
+
+
+def test_which_tensors_lie_alike() -> None:
+    x = torch.zeros(2, 3, 4, 5)
+    nhwc = x.to(memory_format=torch.channels_last)
+    assert lie_alike(x, x.clone()) and lie_alike(nhwc, nhwc.clone())
+    assert not lie_alike(x, nhwc) and not lie_alike(nhwc, x)
+    gaps, over = torch.zeros(4, 4)[:, ::2], torch.zeros(1, 3).expand(3, 3)
+    assert not lie_alike(gaps, gaps) and not lie_alike(over, over)
+    assert not lie_alike(torch.zeros(6), torch.zeros(2, 3)) and not lie_alike(x, x.to_sparse())
+    assert not lie_alike(torch.zeros(3, device="meta"))
+
+
+def test_a_kernel_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    if updates.KERNELS.library.functions is None:
+        pytest.skip("no kernels here")
+    monkeypatch.setattr(
+        kernels, "FLAGS", ("-std=c11", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+    )
+    monkeypatch.setattr(kernels, "TRIES", (("-march=native",),))
+    assert updates.KERNELS.find(tmp_path).functions is not None
+    text = updates.KERNELS.source.read_text("utf-8")
+    for before, after in (
+        ("fmaf(a.second * g, g, exp_avg_sq[i] * a.kept)", "a.second * g * g + exp_avg_sq[i] * a.kept"),
+        ("(word + 0x8000) >> 16", "word >> 16"),
+        ("fmaf(s.step, g, w)", "w + s.step * g"),
+    ):
+        assert text.count(before) == 1
+        (tmp_path / "updates.c").write_text(text.replace(before, after), "utf-8")
+        monkeypatch.setattr(updates.KERNELS, "source", tmp_path / "updates.c")
+        library = updates.KERNELS.find(tmp_path)
+        assert library.functions is None and "does not compute what" in library.why
