@@ -110,6 +110,17 @@ def test_gain_within_timing_noise_is_no_gain(monkeypatch: pytest.MonkeyPatch) ->
     assert "no layer is faster in 16 bits" in choice.why
 
 
+@pytest.mark.parametrize(("trial", "storage"), [((2.0, 1.0), "bf16"), ((1.0, 2.0), "fp32")])
+def test_layers_that_cannot_be_timed_leave_the_choice_to_the_trial(
+    monkeypatch: pytest.MonkeyPatch, trial: tuple[float, float], storage: str
+) -> None:
+    pretend_times(monkeypatch, bf16_is_faster, trial=trial)
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4))
+    plan = choose_plan(model, (torch.randn(4, 3, 8, 8),), profile=make_profile("native")).plan
+    with convert(model, plan) as conversion:
+        assert [record.storage for record in conversion.describe()] == [storage, "fp32"]
+
+
 def test_fp16_brings_a_dynamic_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
     choice = choose_plan(make_mlp(), (torch.randn(4, 8),), profile=make_profile("slower", "native"))

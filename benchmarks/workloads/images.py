@@ -207,7 +207,7 @@ class Dcgan(Workload):
             loss = self.measure_loss(critic.model, (real, ones))
             loss = loss + self.measure_loss(critic.model, (fake.detach().float(), zeros))
         critic.step(loss)
-        with generator.autocast():
+        with generator.autocast(), critic.autocast():
             lure = self.measure_loss(critic.model, (fake, ones))
         generator.step(lure)
         return (loss + lure).detach()

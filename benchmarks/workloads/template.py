@@ -10,7 +10,7 @@ result within 2 % of the gain is one that the next few steps of training would h
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +100,9 @@ class Workload:
         for model in models:
             model.eval()
         values = []
-        with torch.no_grad(), next(iter(trainers.values())).autocast():
+        with torch.no_grad(), ExitStack() as stack:
+            for trainer in trainers.values():
+                stack.enter_context(trainer.autocast())
             for number in range(self.held_out_batches):
                 values.append(float(self.measure_held_out(trainers, self.make_held_out(number))))
         for model in models:

@@ -29,22 +29,34 @@ class LayerCost:
         return self.products[format] + self.casts.get(format, 0.0)
 
 
-def choose_formats(costs: Sequence[LayerCost], *, master: str = "split") -> Plan:
-    """One rule a layer, each with its reason, then a rule for the rest.
+UNTIMED = ("conv", "attention", "recurrent")  # kinds with members that multiply weights in ways that are not timed
+
+
+def choose_formats(costs: Sequence[LayerCost], *, master: str = "split", untimed: str = "") -> Plan:
+    """One rule a layer, each with its reason, then rules for the rest.
+
+    untimed: a format to try where other layers multiply weights too and were not timed, as recurrent ones; "" where there are
+        none, or no format is fast.
 
     Examples:
         >>> cost = LayerCost(path="fc", shape=(8, 8, 8), products={"fp32": 2.0, "bf16": 0.5}, casts={"bf16": 0.1})
         >>> choose_formats([cost]).rules[0].compute
         'bf16'
+        >>> choose_formats([], untimed="bf16").rules[-1].compute
+        'bf16'
     """
     narrow = _choose_narrow(costs)
     rules = [_rule(cost, narrow, master) for cost in costs]
     if all(rule.compute == "fp32" for rule in rules):
-        return Plan(rules=(*rules, Rule(compute="fp32", why="no layer gains from 16 bits")), name="auto")
-    kept = _master(narrow, master)
+        if not untimed:
+            return Plan(rules=(*rules, Rule(compute="fp32", why="no layer gains from 16 bits")), name="auto")
+        narrow = untimed
+    stored: dict[str, str] = {"compute": narrow, "storage": narrow, "master": _master(narrow, master)}
+    embeddings = Rule(kind="embedding", why="feeds 16-bit layers", **stored)
+    others = [Rule(kind=kind, why="not timed: as the layers around it", **stored) for kind in UNTIMED]
     rest = Rule(compute=narrow, cast="op", why="operations between the layers follow them")
-    embeddings = Rule(kind="embedding", compute=narrow, storage=narrow, master=kept, why="feeds 16-bit layers")
-    return Plan(rules=(*rules, embeddings, rest), loss_scale="dynamic" if narrow == "fp16" else "none", name="auto")
+    scale = "dynamic" if narrow == "fp16" else "none"
+    return Plan(rules=(*rules, embeddings, *others, rest), loss_scale=scale, name="auto")
 
 
 def _choose_narrow(costs: Sequence[LayerCost]) -> str:

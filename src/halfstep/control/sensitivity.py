@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import LayerShape, observe_shapes
-from halfstep.control.search import NOISE, LayerCost, SavedCost, choose_formats, choose_saved_formats
+from halfstep.control.search import NOISE, UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
 from halfstep.conversion import convert, draft_conversion
 from halfstep.errors import ModelError, PlanError
 from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
@@ -288,7 +288,8 @@ def choose_plan(
         with observe_shapes(model) as shapes, torch.no_grad():
             model(*args, **kwargs)
         costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
-        plan = replace(_follow_ties(model, choose_formats(costs)), functions=functions)
+        untimed = fast[0] if _has_untimed(model, shapes) else ""
+        plan = replace(_follow_ties(model, choose_formats(costs, untimed=untimed)), functions=functions)
         plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
@@ -337,6 +338,11 @@ def _add_squares(gradients: Sequence[Tensor], others: Sequence[Tensor] | None = 
     if others is not None:
         gradients = [gradient - other for gradient, other in zip(gradients, others, strict=True)]
     return sum((gradient.square().sum().item() for gradient in gradients), 0.0)
+
+
+def _has_untimed(model: nn.Module, timed: Mapping[str, LayerShape]) -> bool:
+    """Whether layers other than the timed ones multiply weights."""
+    return any(find_kind(module) in UNTIMED and path not in timed for path, module in model.named_modules())
 
 
 def _is_fast_somewhere(capability: Capability | None) -> bool:
