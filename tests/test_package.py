@@ -37,6 +37,7 @@ SPINE = [
     "numerics.kernels",
     "numerics.packing",
     "numerics.dropouts",
+    "numerics.losses",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",
