@@ -38,6 +38,7 @@ SPINE = [
     "numerics.packing",
     "numerics.dropouts",
     "numerics.updates",
+    "numerics.losses",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",

@@ -1,8 +1,9 @@
 """Fast functions: on a processor, equals of torch's own that take less time, put in their place inside a block.
 
-    dropout    torch draws a random number for an element, one after another; here 16 bits of a hash serve
+    dropout          torch draws a random number for an element, one after another; here 16 bits of a hash serve
+    cross_entropy    torch makes an fp32 copy of 16-bit logits and reads it three times; here logits are read once each way
 
-Each has torch's signature and hands over to torch's own where it does not apply; numerics/dropouts says where. What they
+Each has torch's signature and hands over to torch's own where it does not apply; the modules of numerics say where. What they
 compute is the same up to rounding, except that dropout draws other numbers from the same seed. `Plan.functions` decides
 whether they are used.
 
@@ -18,13 +19,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts
+from halfstep.numerics import dropouts, losses
 from halfstep.numerics.kernels import PLAIN, Kernels
 
 Function = Callable[..., Any]
 
 FAST: Mapping[Function, tuple[Function, Kernels]] = {
     F.dropout: (dropouts.dropout, dropouts.KERNELS),
+    F.cross_entropy: (losses.cross_entropy, losses.KERNELS),
 }
 """torch function -> what takes its place, and the kernels without which that is no gain."""
 

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline)) /* for a loop made twice, for fp32 and for bf16: `wide` is a constant */
+
 typedef struct { uint32_t first, second; } Keys;
 
 static inline float from_bf16(uint16_t half) {
@@ -20,6 +22,20 @@ static inline uint32_t to_bf16(float x) { /* nearest, ties to even */
     uint32_t word;
     memcpy(&word, &x, 4);
     return (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+}
+
+static inline uint32_t to_bf16_or_nan(float x) { /* for numbers of which any NaN may come: a carry would turn some into zero */
+    return x == x ? to_bf16(x) : 0x7FC0;
+}
+
+/* Number i of fp32 or bf16 memory. */
+INLINE float read_number(const void *source, int wide, int64_t i) {
+    return wide ? ((const float *)source)[i] : from_bf16(((const uint16_t *)source)[i]);
+}
+
+INLINE void write_number(void *target, int wide, int64_t i, float x) {
+    if (wide) ((float *)target)[i] = x;
+    else ((uint16_t *)target)[i] = (uint16_t)to_bf16_or_nan(x);
 }
 
 /* numerics/noise of `count` numbers, an even count from an even start: one hash for two neighbours. */

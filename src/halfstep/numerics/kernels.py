@@ -46,7 +46,8 @@ TRIES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 Allocate = Callable[[int], Tensor]  # bytes -> [bytes] uint8 on the processor
 
-POINTER, INT, COUNT, WORD, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float
+POINTER, INT, COUNT, WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
 
 @dataclass(frozen=True)
