@@ -37,6 +37,7 @@ SPINE = [
     "numerics.kernels",
     "numerics.packing",
     "numerics.updates",
+    "numerics.native_steps",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",
