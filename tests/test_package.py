@@ -39,6 +39,7 @@ SPINE = [
     "numerics.dropouts",
     "numerics.updates",
     "numerics.losses",
+    "numerics.native_steps",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",

@@ -29,6 +29,10 @@ of fp32, and its range ends where a compensation 2^11 times smaller than its wei
 update and round the sum into the weight; here the optimizer works on the compensated weight in fp32 and the result is split
 again: the same recursion with fewer roundings, in which weight decay sees the compensated weight.
 
+One pass: where AdamW, Adam or SGD is stepped on the processor, nothing is widened. Parameters behind `split`, behind `fp32` with
+bf16, and those that are fp32 anyway are read, updated and written in one pass over memory (`numerics.native_steps` says which
+and why not others), with the gradient in the bits it came in. It is the same update, to the bit that torch's own would give.
+
 Rows: where a gradient is sparse and the optimizer works row by row, only the rows that have a gradient are widened, updated
 and narrowed again, with their rows of the optimizer's states.
 
@@ -39,14 +43,17 @@ Zamirai et al. 2020 (arXiv 2010.06192), stochastic rounding and Kahan summation 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.errors import UnsupportedError
-from halfstep.numerics.movement import ELEMENTWISE, Watch
+from halfstep.numerics.movement import ELEMENTWISE, FORMAT_NAMES, Watch
+from halfstep.numerics.native_steps import find_group_reason, find_reason, step_natively
 from halfstep.numerics.noise import derive_keys, draw_noise, draw_noise_at
+from halfstep.numerics.updates import KERNELS, Weight
 from halfstep.numerics.words import (
     apply_compensation,
     compensate,
@@ -60,6 +67,8 @@ from halfstep.records import Stall
 
 CHUNK = 1 << 20  # parameters that are wide at once: 8 MB of weights and gradients
 BLOCK = 1 << 16  # weights that are narrowed at once: a few buffers of them fit into a core's second-level cache
+
+ONE_PASS = ("split", "fp32")  # kinds behind bf16 whose update may take one pass over memory
 
 PARAMETERWISE = {*ELEMENTWISE, torch.optim.SparseAdam}
 """Optimizers known to treat parameters one by one; any other gets all of its parameters in one chunk."""
@@ -172,7 +181,7 @@ class _Truth:
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         """Live and kept, both with the parameter's shape."""
-        return self.live, self.kept if self.kept.numel() else self.live
+        return self.live, self.live if WAYS[self.kind].kept is None else self.kept
 
 
 @dataclass(kw_only=True)
@@ -300,6 +309,25 @@ def _is_like(value: object, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
 
 
+def _look_before(
+    watcher: Watch,
+    optimizer: Optimizer,
+    places: Places,
+    parameter: nn.Parameter,
+    truth: _Truth | None,
+    gradient: Tensor,
+    factor: float,
+) -> nn.Parameter:
+    """Let the watcher see a parameter as its optimizer would find it; returns what it saw."""
+    storage, kind = (truth.live.dtype, truth.kind) if truth else (parameter.dtype, "none")
+    weight = truth.read() if truth else parameter.detach()
+    with _substitute(optimizer, places, parameter, weight) as seen:
+        seen.grad = gradient.to(torch.float32) * factor
+        watcher.look_before(seen, storage, kind)
+        seen.grad = None
+    return seen
+
+
 def _goes_by_rows(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> bool:
     if not gradient.is_sparse or gradient.sparse_dim() != 1 or type(optimizer) not in BY_ROWS:
         return False
@@ -324,6 +352,7 @@ class MasterWeights:
     """Keeps parameters narrow, and steps an optimizer on their fp32 truth.
 
     seed: of the noise of stochastic rounding; the same on all replicas, so that they stay equal.
+    fused: update in one pass over memory where that can be done; `describe_updates` says where.
 
     Examples:
         >>> layer = nn.Linear(4, 4)
@@ -333,8 +362,8 @@ class MasterWeights:
         (torch.bfloat16, torch.float32)
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, *, fused: bool = True) -> None:
+        self.seed, self.fused = seed, fused
         self.steps = 0  # calls of `step`; each has noise of its own
         self._truths: dict[nn.Parameter, _Truth] = {}
         self._narrowed = 0  # parameters that were ever narrowed: the number of the next
@@ -430,6 +459,8 @@ class MasterWeights:
         watcher, places = Watch(optimizer, gradients) if watch else None, _find_places(optimizer)
         for parameter in gradients:
             parameter.grad = None
+        if around is None and self._step_in_one_pass(optimizer, places, gradients, factor, watcher):
+            return watcher.judge() if watcher else ()
         for chunk in self._chunks(optimizer, gradients, wide_too=around is not None):
             opened: list[Opened] = []
             with around(chunk) if around else nullcontext(), ExitStack() as narrowing:
@@ -469,6 +500,67 @@ class MasterWeights:
         if _goes_by_rows(optimizer, parameter, gradient):
             return _open_rows(optimizer, places, parameter, gradient, truth, keys)
         return _open_whole(optimizer, places, parameter, gradient, truth, keys)
+
+    def describe_updates(self, optimizer: Optimizer) -> str:
+        """What computes an optimizer's updates: "native: ..." with the compiler, or "torch: ..." and the reason; both where it
+        differs from parameter to parameter.
+
+        Examples:
+            >>> masters, weight = MasterWeights(), nn.Parameter(torch.ones(3))
+            >>> masters.describe_updates(torch.optim.RMSprop([weight]))
+            'torch: RMSprop has no kernel'
+        """
+        reason = find_reason(optimizer) if self.fused else "fused=False"
+        if reason:
+            return f"torch: {reason}"
+        reasons = [self._find_reason(group, p) for group in optimizer.param_groups for p in group["params"]]
+        left = [reason for reason in reasons if reason]
+        if not left:
+            return KERNELS.describe()
+        named = "; ".join(dict.fromkeys(left))
+        if len(left) == len(reasons):
+            return f"torch: {named}"
+        return f"{KERNELS.describe()}; torch for {len(left)} of {len(reasons)} parameters: {named}"
+
+    def _find_reason(self, group: dict[str, Any], parameter: nn.Parameter) -> str:
+        """Why a parameter of an optimizer that has kernels is left to torch; empty where it is not."""
+        truth, dtype = self._truths.get(parameter), parameter.dtype
+        if parameter.device.type != "cpu":
+            return f"weights on {parameter.device.type}"
+        if truth and (truth.kind not in ONE_PASS or dtype != torch.bfloat16):
+            return f"master '{truth.kind}' behind {FORMAT_NAMES.get(dtype, dtype)} weights has no kernel"
+        if not truth and dtype != torch.float32:
+            return f"{FORMAT_NAMES.get(dtype, dtype)} weights without a master have no kernel"
+        return find_group_reason(group)
+
+    def _step_in_one_pass(
+        self,
+        optimizer: Optimizer,
+        places: Places,
+        gradients: dict[nn.Parameter, Tensor],
+        factor: float,
+        watcher: Watch | None,
+    ) -> bool:
+        """Update what can be updated without widening, and take its gradients out; whether that was all."""
+        if not self.fused or not gradients or find_reason(optimizer):
+            return False
+        for group in optimizer.param_groups:
+            for parameter in [p for p in group["params"] if p in gradients and not self._find_reason(group, p)]:
+                truth, gradient = self._find_truth(parameter), gradients[parameter]
+                if gradient.is_sparse or (truth is None and gradient.dtype != torch.float32):
+                    continue  # without a master the factor rounds a gradient in its own dtype
+                if truth:
+                    match_states(optimizer, parameter, torch.float32)
+                weight = Weight(truth.live, truth.kept) if truth else Weight(parameter.detach())
+                seen = _look_before(watcher, optimizer, places, parameter, truth, gradient, factor) if watcher else None
+                if step_natively(optimizer, group, parameter, weight, gradient, factor):
+                    del gradients[parameter]
+                    if watcher and seen is not None:
+                        seen.data = weight.read()
+                        watcher.look_after(seen)
+                elif watcher and seen is not None:
+                    watcher.forget(seen)
+        return not gradients
 
     @contextmanager
     def widened(self) -> Iterator[None]:

@@ -177,6 +177,10 @@ class Watch:
         if parameter in self._seen and self._seen[parameter].master != "stochastic":
             self._seen[parameter].after = read_at(self._seen[parameter].picks)
 
+    def forget(self, parameter: nn.Parameter) -> None:
+        """Take back what was noted of a parameter."""
+        self._seen.pop(parameter, None)
+
     @staticmethod
     def _take(parameter: nn.Parameter, picks: Tensor) -> Tensor:
         return parameter.detach().reshape(-1)[picks].to(torch.float32)
