@@ -38,6 +38,7 @@ SPINE = [
     "numerics.packing",
     "numerics.dropouts",
     "numerics.losses",
+    "numerics.scaled_attention",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",
