@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import halfstep
 from halfstep.conversion import convert
 from halfstep.mechanisms.functions import FAST, FunctionMode, describe_functions
+from halfstep.numerics import scaled_attention
 from halfstep.plan import Plan, Rule
 from helpers import seeded
 
@@ -158,3 +159,16 @@ def test_auto_takes_fast_functions_on_a_processor() -> None:
     stepper = halfstep.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     stepper.model(torch.ones(2, 4))
     assert stepper.plan.functions == "fast"
+
+
+def test_a_state_holds_the_ways_that_were_timed() -> None:
+    with seeded(0):
+        model, x = Model(saves=False).eval(), torch.randint(11, (4, 9))
+    stepper = halfstep.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0), FAST_FP32)
+    with stepper.autocast():
+        stepper.model(x)
+    state, found = stepper.state_dict(), dict(scaled_attention.ROUTES)
+    assert found
+    scaled_attention.ROUTES.clear()
+    stepper.load_state_dict(state)
+    assert found == scaled_attention.ROUTES

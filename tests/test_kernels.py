@@ -2,16 +2,51 @@
 
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
-from halfstep.numerics import kernels, packing
+from halfstep.numerics import dropouts, kernels, losses, packing, scaled_attention
 
 
-def test_the_kernels_of_this_machine_run_natively_where_it_has_a_compiler() -> None:
+@pytest.mark.parametrize("module", [packing, dropouts, losses, scaled_attention])
+def test_the_kernels_of_this_machine_run_natively_where_it_has_a_compiler(module: ModuleType) -> None:
     has_compiler = any(map(kernels.shutil.which, kernels.COMPILERS))
-    assert packing.KERNELS.describe().startswith("native: " if has_compiler else "torch: no C compiler")
+    assert module.KERNELS.describe().startswith("native: " if has_compiler else "torch: no C compiler")
+
+
+@pytest.mark.parametrize("module", [dropouts, losses, scaled_attention])
+def test_without_a_compiler_torchs_functions_run(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    monkeypatch.setitem(module.KERNELS.__dict__, "library", kernels.Library(None, "no C compiler was found"))
+    x, target = torch.ones(3, 8, 8, requires_grad=True), torch.arange(8)
+    why, out = {
+        dropouts: lambda: (dropouts.explain_dropout(x), dropouts.dropout(x)),
+        losses: lambda: (losses.explain_cross_entropy(x[0], target), losses.cross_entropy(x[0], target)),
+        scaled_attention: lambda: (
+            scaled_attention.explain_attention(x, x, x),
+            scaled_attention.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+        ),
+    }[module]()
+    assert why == "torch: no C compiler was found"
+    assert type(out.grad_fn).__name__.endswith("Backward0")  # torch's own nodes are numbered
+
+
+def test_torch_compile_gets_torchs_functions() -> None:
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    def compute(x: Tensor, target: Tensor) -> Tensor:
+        x = dropouts.dropout(x, 0.1)
+        return losses.cross_entropy(scaled_attention.scaled_dot_product_attention(x, x, x)[0], target)
+
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    torch.compile(compute, backend=record, fullgraph=True)(x, torch.zeros(8, dtype=torch.long)).backward()
+    assert len([name for name in seen if any(w in name for w in ("dropout", "attention", "cross_entropy"))]) == 3
 
 
 def test_without_a_compiler_the_truth_runs_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ SPINE = [
     "numerics.updates",
     "numerics.losses",
     "numerics.native_steps",
+    "numerics.scaled_attention",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",

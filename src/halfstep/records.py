@@ -220,6 +220,7 @@ class PlanRecord(Record):
     layers: tuple[LayerRecord, ...]
     why: str = ""
     seconds: float = 0.0  # time that choosing it took
+    updates: tuple[str, ...] = ()  # what computes the update of each optimizer
     functions: tuple[str, ...] = ()  # which functions have a fast equal in place, as the plan asks for it
     operations: tuple[str, ...] = ()  # for each 16-bit format that operations are cast to: who casts them, and why
 

@@ -30,6 +30,7 @@ from halfstep.control.sensitivity import Choice
 from halfstep.conversion import Conversion
 from halfstep.distributed import Ranks
 from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError
+from halfstep.mechanisms.functions import get_routes, put_back_routes
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.mechanisms.operators import forget_casts
 from halfstep.plan import Plan
@@ -373,7 +374,8 @@ class Stepper:
         self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
-        self.plan_record = self.conversion.make_record(step=self.applied, why=why, seconds=seconds)
+        record = self.conversion.make_record(step=self.applied, why=why, seconds=seconds)
+        self.plan_record = replace(record, updates=self._optimizers.describe_updates())
         if budget:
             self.wait_for_batch(budget)
 
@@ -397,6 +399,7 @@ class Stepper:
             "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
             "amaxes": self.conversion.histories.copy(),
+            "routes": get_routes() if self.plan.functions == "fast" else [],
             "applied": self.applied,
             "skipped": self.skipped,
             "micro": self._window.micro,
@@ -429,6 +432,7 @@ class Stepper:
         self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
         self.conversion.histories.put_back(state.get("amaxes", {}))
+        put_back_routes(state.get("routes", []))
         self.conversion.quantized.clear()
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)

@@ -1,7 +1,10 @@
 """Fast functions: on a processor, equals of torch's own that take less time, put in their place inside a block.
 
-    dropout          torch draws a random number for an element, one after another; here 16 bits of a hash serve
-    cross_entropy    torch makes an fp32 copy of 16-bit logits and reads it three times; here logits are read once each way
+    dropout                         torch draws a number for an element, one after another; here 16 bits of a hash serve
+    cross_entropy                   torch makes an fp32 copy of 16-bit logits and reads it three times; here they are read once
+                                    each way
+    scaled_dot_product_attention    torch leaves its fast way where there is dropout, and is slow for short sequences; here it
+                                    is two batched products and a pass between them, where that was timed to be faster
 
 Each has torch's signature and hands over to torch's own where it does not apply; the modules of numerics say where. What they
 compute is the same up to rounding, except that dropout draws other numbers from the same seed. `Plan.functions` decides
@@ -11,7 +14,8 @@ A backward pass runs in the block too (`Conversion.stand_by`): activation checkp
 must draw what they drew before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,14 +23,19 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts, losses
+from halfstep.numerics import dropouts, losses, scaled_attention
 from halfstep.numerics.kernels import PLAIN, Kernels
 
 Function = Callable[..., Any]
 
+
 FAST: Mapping[Function, tuple[Function, Kernels]] = {
     F.dropout: (dropouts.dropout, dropouts.KERNELS),
     F.cross_entropy: (losses.cross_entropy, losses.KERNELS),
+    F.scaled_dot_product_attention: (
+        scaled_attention.scaled_dot_product_attention,
+        scaled_attention.KERNELS,
+    ),
 }
 """torch function -> what takes its place, and the kernels without which that is no gain."""
 
@@ -75,3 +84,19 @@ def describe_functions() -> tuple[str, ...]:
         'dropout'
     """
     return tuple(f"{theirs.__name__}: {kernels.describe()}" for theirs, (_, kernels) in FAST.items())
+
+
+def get_routes() -> list[dict[str, Any]]:
+    """What has been timed so far, as plain values: a run that goes on bit for bit takes the same ways again.
+
+    Examples:
+        >>> put_back_routes(get_routes())
+    """
+    return [asdict(shape) | {"route": route} for shape, route in scaled_attention.ROUTES.items()]
+
+
+def put_back_routes(saved: Iterable[Mapping[str, Any]]) -> None:
+    """Take over what `get_routes` gave; shapes that are not in it stay as they are."""
+    for values in saved:
+        shape = scaled_attention.Shape(**{key: value for key, value in values.items() if key != "route"})
+        scaled_attention.ROUTES[shape] = values["route"]

@@ -95,6 +95,7 @@ def show_plan(plan: PlanRecord) -> RenderableType:
         *([Text(f"the model: {plan.why}")] if plan.why else []),
         *(Text(f"operations in {said}") for said in plan.operations),
         *(Text(f"fast function {said}") for said in plan.functions),
+        *(Text(f"updates by {said}") for said in plan.updates),
     )
 
 

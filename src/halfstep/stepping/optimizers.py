@@ -71,6 +71,13 @@ class Optimizers:
         states = self._states.get(optimizer)
         return self.masters.step(optimizer, gradients, factor, watch=watch, around=states.widened if states else None)
 
+    def describe_updates(self) -> tuple[str, ...]:
+        """What computes each optimizer's updates."""
+        return tuple(f"{type(o).__name__}: {self._describe_update(o)}" for o in self.all)
+
+    def _describe_update(self, optimizer: Optimizer) -> str:
+        return "torch: states in 8 bits" if optimizer in self._states else self.masters.describe_updates(optimizer)
+
     @contextmanager
     def widened(self) -> Iterator[None]:
         """Everything that an optimizer sees in fp32 inside the block, for one that is to be called as it is."""
