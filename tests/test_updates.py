@@ -244,7 +244,7 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
     assert updates.KERNELS.find(tmp_path).functions is not None
     text = updates.KERNELS.source.read_text("utf-8")
     for before, after in (
-        ("fmaf(a.second * g, g, exp_avg_sq[i] * a.kept)", "a.second * g * g + exp_avg_sq[i] * a.kept"),
+        ("fmaf(a.second * g, g, v * a.kept)", "a.second * g * g + v * a.kept"),
         ("(word + 0x8000) >> 16", "word >> 16"),
         ("fmaf(s.step, g, w)", "w + s.step * g"),
     ):

@@ -43,7 +43,6 @@ Zamirai et al. 2020 (arXiv 2010.06192), stochastic rounding and Kahan summation 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -513,7 +512,11 @@ class MasterWeights:
         reason = find_reason(optimizer) if self.fused else "fused=False"
         if reason:
             return f"torch: {reason}"
-        reasons = [self._find_reason(group, p) for group in optimizer.param_groups for p in group["params"]]
+        reasons = [
+            find_group_reason(group) or self._find_reason(p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
         left = [reason for reason in reasons if reason]
         if not left:
             return KERNELS.describe()
@@ -522,16 +525,16 @@ class MasterWeights:
             return f"torch: {named}"
         return f"{KERNELS.describe()}; torch for {len(left)} of {len(reasons)} parameters: {named}"
 
-    def _find_reason(self, group: dict[str, Any], parameter: nn.Parameter) -> str:
-        """Why a parameter of an optimizer that has kernels is left to torch; empty where it is not."""
+    def _find_reason(self, parameter: nn.Parameter) -> str:
+        """Why a parameter of a group that has kernels is left to torch; empty where it is not."""
         truth, dtype = self._truths.get(parameter), parameter.dtype
-        if parameter.device.type != "cpu":
+        if not parameter.is_cpu:
             return f"weights on {parameter.device.type}"
         if truth and (truth.kind not in ONE_PASS or dtype != torch.bfloat16):
             return f"master '{truth.kind}' behind {FORMAT_NAMES.get(dtype, dtype)} weights has no kernel"
         if not truth and dtype != torch.float32:
             return f"{FORMAT_NAMES.get(dtype, dtype)} weights without a master have no kernel"
-        return find_group_reason(group)
+        return ""
 
     def _step_in_one_pass(
         self,
@@ -544,13 +547,11 @@ class MasterWeights:
         """Update what can be updated without widening, and take its gradients out; whether that was all."""
         if not self.fused or not gradients or find_reason(optimizer):
             return False
-        for group in optimizer.param_groups:
-            for parameter in [p for p in group["params"] if p in gradients and not self._find_reason(group, p)]:
+        for group in [group for group in optimizer.param_groups if not find_group_reason(group)]:
+            for parameter in [p for p in group["params"] if p in gradients and not self._find_reason(p)]:
                 truth, gradient = self._find_truth(parameter), gradients[parameter]
                 if gradient.is_sparse or (truth is None and gradient.dtype != torch.float32):
                     continue  # without a master the factor rounds a gradient in its own dtype
-                if truth:
-                    match_states(optimizer, parameter, torch.float32)
                 weight = Weight(truth.live, truth.kept) if truth else Weight(parameter.detach())
                 seen = _look_before(watcher, optimizer, places, parameter, truth, gradient, factor) if watcher else None
                 if step_natively(optimizer, group, parameter, weight, gradient, factor):

@@ -28,9 +28,9 @@ from halfstep.numerics.updates import (
     AdamStep,
     SgdStep,
     Weight,
-    fits,
-    update_adam,
-    update_sgd,
+    run_adam,
+    run_sgd,
+    take,
 )
 
 SWITCHES = ("amsgrad", "maximize", "differentiable", "capturable")
@@ -108,7 +108,8 @@ def _step_adam(
     exp_avg, exp_avg_sq, count = (state.get(name) for name in ("exp_avg", "exp_avg_sq", "step"))
     if not (isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor) and isinstance(count, Tensor)):
         return False
-    if count.device.type != "cpu" or not fits(weight, gradient, exp_avg, exp_avg_sq):
+    functions = take(weight, gradient, exp_avg, exp_avg_sq)
+    if functions is None or count.device.type != "cpu":
         return False
     optimizer.state[parameter] = state
     count.add_(1)
@@ -118,7 +119,7 @@ def _step_adam(
         decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], count=count.item(), factor=factor,
         nearest=bool(group["fused"]),
     )  # fmt: skip
-    update_adam(weight, gradient, exp_avg, exp_avg_sq, numbers)
+    run_adam(functions, weight, gradient, exp_avg, exp_avg_sq, numbers)
     return True
 
 
@@ -140,12 +141,13 @@ def _step_sgd(
         way = BEGINS if buffer is None else GOES_ON
         if buffer is None:
             buffer = torch.empty_like(weight.live, dtype=torch.float32, requires_grad=False)
-    if not fits(weight, gradient, *(() if buffer is None else (buffer,))):
+    functions = take(weight, gradient, *(() if buffer is None else (buffer,)))
+    if functions is None:
         return False
     if buffer is not None:
         optimizer.state[parameter]["momentum_buffer"] = buffer
     numbers = SgdStep(
         momentum, 1 - group["dampening"], -float(group["lr"]), group["weight_decay"], factor, way, group["nesterov"]
     )
-    update_sgd(weight, gradient, buffer, numbers)
+    run_sgd(functions, weight, gradient, buffer, numbers)
     return True

@@ -54,30 +54,47 @@ INLINE float take(int half, const void *gradient, int64_t i, float factor) {
     for (int64_t start = 0; start < count; start += BLOCK)
 #define FOR_BLOCK _Pragma("omp simd") for (int64_t i = start; i < end; i++) /* no tensor overlaps another */
 
-/* Square roots of `count` numbers as torch computes them: its own function where it has one, else the instruction. */
+/* Square roots of `count` numbers: MKL's vmsSqrt. */
 typedef void Roots(int count, const float *x, float *roots, int64_t mode);
 #define MKL_MODE 0x140102 /* high accuracy, subnormals as they are, errors ignored: what ATen/cpu/vml.h asks for */
 
-INLINE void take_roots(Roots *roots, const float *x, int64_t count, float *found) {
-    if (roots) roots((int)count, x, found, MKL_MODE);
-    else for (int64_t i = 0; i < count; i++) found[i] = sqrtf(x[i]);
+INLINE float step_mean(float m, float g, Adam a) {
+    int far = fabsf(a.first) >= 0.5f; /* torch's lerp starts from the nearer end */
+    return fmaf(far ? a.first - 1.0f : a.first, g - m, far ? g : m);
+}
+
+INLINE float step_square(float v, float g, Adam a) { return fmaf(a.second * g, g, v * a.kept); }
+
+INLINE float step_weight(float w, float m, float root, Adam a) {
+    return w + a.step * m / (root / a.correction + a.eps);
 }
 
 INLINE void adam(int storage, int half, int decay, void *live, void *rest, const void *gradient, float *exp_avg,
-                 float *exp_avg_sq, int64_t start, int64_t end, Adam a, Roots *roots) {
-    int far = fabsf(a.first) >= 0.5f; /* torch's lerp starts from the nearer end */
-    float share = far ? a.first - 1.0f : a.first, root[BLOCK];
+                 float *exp_avg_sq, int64_t start, int64_t end, Adam a) {
     FOR_BLOCK {
-        float g = take(half, gradient, i, a.factor), m = exp_avg[i];
-        if (decay == COUPLED) g = fmaf(a.decay, read(storage, live, rest, i), g);
-        exp_avg[i] = fmaf(share, g - m, far ? g : m);
-        exp_avg_sq[i] = fmaf(a.second * g, g, exp_avg_sq[i] * a.kept);
+        float w = read(storage, live, rest, i), g = take(half, gradient, i, a.factor);
+        if (decay == DECOUPLED) w *= a.decay;
+        if (decay == COUPLED) g = fmaf(a.decay, w, g);
+        float m = step_mean(exp_avg[i], g, a), v = step_square(exp_avg_sq[i], g, a);
+        exp_avg[i] = m, exp_avg_sq[i] = v;
+        write(storage, live, rest, i, step_weight(w, m, sqrtf(v), a));
     }
-    take_roots(roots, exp_avg_sq + start, end - start, root);
+}
+
+/* The same with another function for square roots, which takes a block at once. */
+INLINE void adam_with(Roots *roots, int storage, int half, int decay, void *live, void *rest, const void *gradient,
+                      float *exp_avg, float *exp_avg_sq, int64_t start, int64_t end, Adam a) {
+    float root[BLOCK];
+    FOR_BLOCK {
+        float g = take(half, gradient, i, a.factor);
+        if (decay == COUPLED) g = fmaf(a.decay, read(storage, live, rest, i), g);
+        exp_avg[i] = step_mean(exp_avg[i], g, a), exp_avg_sq[i] = step_square(exp_avg_sq[i], g, a);
+    }
+    roots((int)(end - start), exp_avg_sq + start, root, MKL_MODE);
     FOR_BLOCK {
         float w = read(storage, live, rest, i);
         if (decay == DECOUPLED) w *= a.decay;
-        write(storage, live, rest, i, w + a.step * exp_avg[i] / (root[i - start] / a.correction + a.eps));
+        write(storage, live, rest, i, step_weight(w, exp_avg[i], root[i - start], a));
     }
 }
 
@@ -108,7 +125,8 @@ INLINE void sgd(int storage, int half, int momentum, int nesterov, void *live, v
 
 #define END (start + BLOCK < count ? start + BLOCK : count)
 #define ADAM(storage, half, decay) \
-    FOR_BLOCKS adam(storage, half, decay, live, rest, gradient, exp_avg, exp_avg_sq, start, END, a, roots);
+    { if (roots) FOR_BLOCKS adam_with(roots, storage, half, decay, live, rest, gradient, exp_avg, exp_avg_sq, start, END, a); \
+      else FOR_BLOCKS adam(storage, half, decay, live, rest, gradient, exp_avg, exp_avg_sq, start, END, a); }
 #define ADAM_PLAIN(storage, half) ADAM(storage, half, PLAIN)
 #define ADAM_DECOUPLED(storage, half) ADAM(storage, half, DECOUPLED)
 #define ADAM_COUPLED(storage, half) ADAM(storage, half, COUPLED)

@@ -32,7 +32,6 @@ A weight is kept in one of three ways; bytes read and written for each with a bf
 import ctypes
 import itertools
 import os
-from dataclasses import astuple, dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -73,8 +72,7 @@ class Weight(NamedTuple):
             self.live.copy_(value)
 
 
-@dataclass(frozen=True)
-class AdamStep:
+class AdamStep(NamedTuple):
     """What one step of Adam or AdamW multiplies with, in the order of updates.c.
 
     Examples:
@@ -108,8 +106,7 @@ class AdamStep:
         return AdamStep(1 - beta1, beta2, 1 - beta2, (1 - beta2**count) ** 0.5, eps, step, shrink, factor, way, nearest)
 
 
-@dataclass(frozen=True)
-class SgdStep:
+class SgdStep(NamedTuple):
     """What one step of SGD multiplies with, in the order of updates.c."""
 
     momentum: float
@@ -167,31 +164,36 @@ def update_sgd_slowly(weight: Weight, gradient: Tensor, buffer: Tensor | None, s
 
 def update_adam(weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
     """`update_adam_slowly`, by the kernel where there is one; all tensors lie in memory in the same order."""
-    functions = _take(weight, gradient, exp_avg, exp_avg_sq)
+    functions = take(weight, gradient, exp_avg, exp_avg_sq)
     if functions is None:
         update_adam_slowly(weight, gradient, exp_avg, exp_avg_sq, step)
     else:
-        _update_adam(functions, weight, gradient, exp_avg, exp_avg_sq, step)
+        run_adam(functions, weight, gradient, exp_avg, exp_avg_sq, step)
 
 
 def update_sgd(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
     """`update_sgd_slowly`, by the kernel where there is one; all tensors lie in memory in the same order."""
-    functions = _take(weight, gradient, *(() if buffer is None else (buffer,)))
+    functions = take(weight, gradient, *(() if buffer is None else (buffer,)))
     if functions is None:
         update_sgd_slowly(weight, gradient, buffer, step)
     else:
-        _update_sgd(functions, weight, gradient, buffer, step)
+        run_sgd(functions, weight, gradient, buffer, step)
 
 
-def fits(weight: Weight, gradient: Tensor, *states: Tensor) -> bool:
-    """Whether the kernels can work on these: dtypes, device, and all of them in memory in the same order without gaps."""
+def take(weight: Weight, gradient: Tensor, *states: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if they can work on these: dtypes, device, and all of them in memory in the same order without gaps."""
     live, rest = weight
-    halves = (torch.float32,) if rest is None else (torch.bfloat16,)
-    if live.dtype not in halves or (rest is not None and rest.dtype not in (torch.int16, torch.float32)):
-        return False
-    if gradient.dtype not in (torch.float32, torch.bfloat16) or any(state.dtype != torch.float32 for state in states):
-        return False
-    return lie_alike(live, gradient, *states, *(() if rest is None else (rest,)))
+    if live.dtype is not (torch.float32 if rest is None else torch.bfloat16):
+        return None
+    if rest is not None and rest.dtype not in (torch.int16, torch.float32):
+        return None
+    if gradient.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    for state in states:
+        if state.dtype is not torch.float32:
+            return None
+    alike = lie_alike(live, gradient, *states) if rest is None else lie_alike(live, rest, gradient, *states)
+    return KERNELS.library.functions if alike else None
 
 
 def lie_alike(first: Tensor, *others: Tensor) -> bool:
@@ -202,12 +204,12 @@ def lie_alike(first: Tensor, *others: Tensor) -> bool:
         >>> lie_alike(x, x.clone()), lie_alike(x.T, x.clone().T), lie_alike(x.T, torch.zeros(3, 2))
         (True, True, False)
     """
-    tensors = (first, *others)
-    if any(t.layout is not torch.strided or t.device.type != "cpu" or t.shape != first.shape for t in tensors):
-        return False
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    return _is_dense(first) and all(t.stride() == first.stride() for t in others)
+    shape, contiguous = first.shape, True
+    for tensor in (first, *others):
+        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.shape != shape:
+            return False
+        contiguous = contiguous and tensor.is_contiguous()
+    return contiguous or (_is_dense(first) and all(tensor.stride() == first.stride() for tensor in others))
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -219,10 +221,6 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _take(weight: Weight, gradient: Tensor, *states: Tensor) -> ctypes.CDLL | None:
-    return KERNELS.library.functions if fits(weight, gradient, *states) else None
-
-
 def _find(weight: Weight, gradient: Tensor) -> tuple[int, int, int, int | None, int]:
     """Gradient's width; addresses of live, rest and gradient."""
     rest = None if weight.rest is None else weight.rest.data_ptr()
@@ -231,12 +229,13 @@ def _find(weight: Weight, gradient: Tensor) -> tuple[int, int, int, int | None, 
 
 
 def _pack(step: AdamStep | SgdStep, count: int) -> "ctypes.Array[ctypes.c_float]":
-    return (ctypes.c_float * count)(*astuple(step)[:count])
+    return (ctypes.c_float * count)(*step[:count])
 
 
-def _update_adam(
+def run_adam(
     functions: ctypes.CDLL, weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep
 ) -> None:
+    """`update_adam` by kernels that `take` gave for these tensors."""
     storage, half, live, rest, g = _find(weight, gradient)
     states, count = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), gradient.numel()
     roots = None if step.nearest else _find_roots()
@@ -255,7 +254,8 @@ def _find_roots() -> int | None:
         return None  # the kernel then does not agree with torch
 
 
-def _update_sgd(functions: ctypes.CDLL, weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
+def run_sgd(functions: ctypes.CDLL, weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
+    """`update_sgd` by kernels that `take` gave for these tensors."""
     storage, half, live, rest, g = _find(weight, gradient)
     state, count = None if buffer is None else buffer.data_ptr(), gradient.numel()
     way = NONE if buffer is None else step.way
@@ -304,7 +304,7 @@ def _agrees_on_adam(functions: ctypes.CDLL, storage: int, decoupled: bool, neare
         )  # fmt: skip
         gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
         update_adam_slowly(ours[0], gradient, *ours[1:], step)
-        _update_adam(functions, theirs[0], gradient, *theirs[1:], step)
+        run_adam(functions, theirs[0], gradient, *theirs[1:], step)
     return _equal((ours[0].read(), ours[0].live, *ours[1:]), (theirs[0].read(), theirs[0].live, *theirs[1:]))
 
 
@@ -314,7 +314,7 @@ def _agrees_on_sgd(functions: ctypes.CDLL, storage: int, nesterov: bool) -> bool
         step = SgdStep(0.9, 1.0 if nesterov else 0.7, -0.03, 0.1, 0.3, BEGINS if t == 1 else GOES_ON, nesterov)
         gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
         update_sgd_slowly(ours[0], gradient, ours[1], step)
-        _update_sgd(functions, theirs[0], gradient, theirs[1], step)
+        run_sgd(functions, theirs[0], gradient, theirs[1], step)
     return _equal((ours[0].read(), ours[0].live, ours[1]), (theirs[0].read(), theirs[0].live, theirs[1]))
 
 

@@ -1,0 +1,133 @@
+"""The time of one optimizer update a parameter: behind masters, in one pass and chunk by chunk, beside torch's own.
+
+    python benchmarks/updates.py                    writes benchmarks/results/updates.json
+    python benchmarks/updates.py --rounds 3         a look
+
+Every arm updates parameters of its own, 16 equal ones, with AdamW and weight decay; gradients have the width of the live
+weight and lie ready. Arms take turns, one step each, and a round's times are divided by that of torch's fused AdamW on fp32 in
+the same round: a ratio says what a busy machine does not. Times are of the thread for one thread, and by the clock for more.
+
+    torch fused, loop, foreach    torch's AdamW on fp32 weights, by its three ways
+    wide, split, fp32             halfstep: fp32 weights; bf16 behind each master, in one pass
+    ..., loop                     the same with the bits of torch's loop (fused=None) in place of its fused kernels'
+    split, chunks                 as without kernels: widened, stepped by torch, narrowed
+    none                          bf16 weights without a master, stepped by torch's fused AdamW in bf16
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfstep.machine.hardware import name_machine, read_load
+from halfstep.machine.runtime import tune_process
+from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.numerics.updates import KERNELS
+
+ROOT = Path(__file__).parent.parent
+TENSORS = 16
+BASE = "torch fused"
+TORCH: dict[str, dict[str, bool]] = {
+    BASE: {"fused": True}, "torch loop": {"foreach": False, "fused": False}, "torch foreach": {"foreach": True}
+}  # fmt: skip
+OURS: dict[str, tuple[str, bool, bool]] = {  # master, torch's fused bits, in one pass
+    "wide": ("", True, True), "split": ("split", True, True), "fp32": ("fp32", True, True),
+    "wide, loop": ("", False, True), "split, loop": ("split", False, True),
+    "split, chunks": ("split", True, False), "none": ("none", True, True),
+}  # fmt: skip
+Step = Callable[[], float]
+
+
+def build_torch(start: Tensor, options: dict[str, bool]) -> Step:
+    """Seconds of one step, whatever clock `read_clock` is."""
+    params = [nn.Parameter(part.clone()) for part in start.chunk(TENSORS)]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, foreach=options.get("foreach"), fused=options.get("fused"))
+    for parameter in params:
+        parameter.grad = torch.randn_like(parameter)
+
+    def step() -> float:
+        begun = read_clock()
+        optimizer.step()
+        return read_clock() - begun
+
+    return step
+
+
+def build_ours(start: Tensor, master: str, *, fused: bool, in_one_pass: bool) -> Step:
+    params, masters = [nn.Parameter(part.clone()) for part in start.chunk(TENSORS)], MasterWeights(fused=in_one_pass)
+    for parameter in params if master else []:
+        masters.narrow(parameter, torch.bfloat16, master)
+    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=fused)
+    gradients = {parameter: torch.randn_like(parameter) for parameter in params}
+
+    def step() -> float:
+        given = dict(gradients)
+        begun = read_clock()
+        masters.step(optimizer, given, 1.0 if master == "none" or not in_one_pass else 0.999)
+        return read_clock() - begun
+
+    return step
+
+
+def read_clock() -> float:
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def measure(size: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Nanoseconds a parameter and ratios to torch's fused AdamW of the same round."""
+    torch.set_num_threads(threads)
+    start = torch.randn(size)
+    arms = {name: build_torch(start, options) for name, options in TORCH.items()}
+    for name, (master, fused, in_one_pass) in OURS.items():
+        arms[name] = build_ours(start, master, fused=fused, in_one_pass=in_one_pass)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 2):
+        for name, step in arms.items():
+            seconds = step()
+            if turn >= 2:
+                times[name].append(1e9 * seconds / size)
+    found = {}
+    for name, spans in times.items():
+        ratios = [ours / base for ours, base in zip(spans, times[BASE], strict=True)]
+        found[name] = {
+            "ns": round(statistics.median(spans), 3), "ns_least": round(min(spans), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="at 1 Mi parameters; fewer for more")
+    parser.add_argument("--mebi", type=int, nargs="+", default=[1, 4, 16], help="Mi parameters")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "updates.json")
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/updates.py", *sys.argv[1:]]), "date": date.today().isoformat(),
+        "machine": name_machine(), "torch": torch.__version__, "kernels": KERNELS.describe(), "load_before": read_load(),
+        "clock": "thread time for one thread, else wall time",
+    }  # fmt: skip
+    with tune_process():
+        for threads in options.threads:
+            for mebi in options.mebi:
+                rounds = max(7, options.rounds // mebi) if mebi > 1 else options.rounds
+                key = f"{mebi} Mi, {threads} thread{'s' * (threads > 1)}"
+                report[key] = {"rounds": rounds, "load": read_load()} | measure(mebi << 20, threads, rounds)
+                ratios = {name: found["ratio"] for name, found in report[key].items() if isinstance(found, dict)}
+                print(key, ratios, flush=True)
+    text = ",\n".join(json.dumps({key: value})[1:-1] for key, value in report.items())
+    options.out.write_text("{" + text + "}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
