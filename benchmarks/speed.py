@@ -27,11 +27,12 @@ import torch
 from rich.console import Console
 
 from halfstep.machine.hardware import BUSY, name_machine, read_load
-from speed_summary import Run, show, summarize
+from speed_summary import Run, show, show_means, summarize
 from speed_worker import ARMS, calibrate, run, spin
 from workloads.catalogue import QUICK, WORKLOADS
 
 ROOT = Path(__file__).parent.parent
+TABLE_WIDTH = 140
 COMPILED = [name for name, arm in ARMS.items() if arm.compiled]
 Measure = Callable[[str, str, int], dict[str, Any]]
 
@@ -156,6 +157,7 @@ def main() -> None:
 
 def benchmark(options: argparse.Namespace) -> None:
     console, load = Console(), read_load()
+    console.width = max(console.width, TABLE_WIDTH)  # also where the output is a file
     if load > BUSY:
         said = f"the machine is busy (load {load:.1f} a core): its times are not to be trusted"
         if options.refuse_busy:
@@ -189,7 +191,7 @@ def benchmark(options: argparse.Namespace) -> None:
             conduct(order, partial(measure_in_process, options, environment), keep, partial(notify, console))
         finally:
             if result:
-                console.print(show(result))
+                console.print(show(result), show_means(result))
                 console.print(f"written to {path.relative_to(ROOT)}")
 
 

@@ -7,6 +7,7 @@ also the seed. Nothing here needs torch, a clock or a machine.
     floor        operations of products and convolutions / highest rate of a product in bf16: no arm that computes the same in
                  bf16 can be faster; floor_share = floor / step
     verdict      two one-sided t-tests on the paired differences of the held-out loss to fp32, margin: see workloads.template
+    cpu_ms       processor time of a step, over all threads; other work disturbs it less than the step's time
     disturbed    rounds in which a fixed product, timed before the run, took over 15 % more than at its best
 """
 
@@ -73,6 +74,7 @@ def summarize_arm(arm: str, done: dict[int, Run], floor: float | None, quiet: fl
     row = {
         "rounds": list(done),
         "step_ms": times,
+        "cpu_ms": [r["cpu_ms"] for r in runs],
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in runs), default=None),
         "floor_share": round_to(floor / statistics.median(times), 4) if floor and times else None,
         "setup_s": [r["setup_s"] for r in runs],
@@ -138,14 +140,21 @@ def show(result: dict[str, Any]) -> Table:
     table = Table("workload", "arm", title="Step times; ratio: arm / halfstep, above 1 halfstep is faster", box=None)
     for column in ("step ms", "ratio", "(min to max)", "floor", "MiB", "set-up s", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     for name, workload in result["workloads"].items():
         for number, (arm, row) in enumerate(workload["arms"].items()):
             table.add_row(name if number == 0 else "", arm, *show_row(row))
-    for rival in sorted({*result["geomean"], *result["geomean_best"]}, key=list(result["arms"]).index):
+    return table
+
+
+def show_means(result: dict[str, Any]) -> Table:
+    """A row for each rival: geometric means of its ratios."""
+    table = Table("rival", title="Geometric mean of rival / ours over workloads", box=None)
+    for column in ("halfstep", "best of halfstep, compiled or not", "workloads"):
+        table.add_column(column, justify="right")
+    for rival in [arm for arm in result["arms"] if arm in result["geomean"] or arm in result["geomean_best"]]:
         pair = [f"{result[key][rival]:.3f}" if rival in result[key] else "-" for key in ("geomean", "geomean_best")]
-        over = result["geomean_best_over"].get(rival, result["geomean_over"].get(rival))
-        table.add_row("geometric mean", rival, "", pair[0], f"best: {pair[1]}", "", "", "", "", f"{over} workloads")
+        table.add_row(rival, *pair, str(result["geomean_over"].get(rival, result["geomean_best_over"].get(rival))))
     return table
 
 
@@ -154,7 +163,7 @@ def show_row(row: dict[str, Any]) -> list[str]:
         return ["-", "-", "", "-", "-", "-", "-", f"[red]failed: {row['errors'][0][:60]}[/red]"]
     ratio, share = row["ratio"], row["floor_share"]
     colours = {"equivalent": "green", "better": "green", "reference": "default", "inconclusive": "yellow"}
-    notes = f" (disturbed: {row['disturbed']})" if row["disturbed"] else ""
+    notes = f", {len(row['disturbed'])} disturbed" if row["disturbed"] else ""
     return [
         f"{statistics.median(row['step_ms']):.1f}",
         f"{ratio['median']:.2f}" if ratio else "-",

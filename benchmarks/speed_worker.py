@@ -149,19 +149,21 @@ def measure(workload: Workload, arm: Arm, *, warmup: int, steps: int, start: boo
     trainers = build_trainers(workload, arm)
     built = time.perf_counter() - begin
     found: dict[str, Any] = {"start_loss": workload.evaluate(trainers)} if start else {}
-    seconds, losses = [], []
+    seconds, busy, losses = [], [], []
     for step in range(warmup + steps):
         batch = workload.make_batch(step)
         torch.manual_seed(workload.seed * 10_000_019 + step)  # of the dropout
-        before = time.perf_counter()
+        before, before_busy = time.perf_counter(), time.process_time()
         loss = workload.take_step(trainers, batch)
         seconds.append(time.perf_counter() - before)
+        busy.append(time.process_time() - before_busy)
         losses.append(float(loss))
     peak = read_peak_memory()
     steady = median(seconds[warmup:])
     plans = {name: t.describe() for name, t in trainers.items() if isinstance(t, HalfstepTrainer)}
     return found | {
         "step_ms": round(1e3 * steady, 3),
+        "cpu_ms": round(1e3 * median(busy[warmup:]), 3),
         "fastest_ms": round(1e3 * min(seconds[warmup:]), 3),
         "slowest_ms": round(1e3 * max(seconds[warmup:]), 3),
         "peak_memory_bytes": peak,
