@@ -4,9 +4,10 @@
     fp32-tuned           fused optimizer, channels_last for convolutions, an allocator that keeps freed blocks
     torch-amp            as documented: bf16 autocast around forward pass and loss
     torch-amp-tuned      the same with the settings of fp32-tuned
-    torch-amp-compile    the same with torch.compile on the model
+    torch-amp-compile    the same with torch.compile on the model, for fixed shapes
     halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned
-    halfstep-compile     the same of torch.compile's model; compiling after `prepare` cannot trace "auto"
+    halfstep-compile     the same, and torch.compile after the first step, when "auto" has chosen: before, it cannot be traced,
+                         and a model that was compiled before `prepare` would be timed by "auto" while it compiles
 
 Timed is a step from the batch that is already there to cleared gradients. Every step begins with the same state of the random
 numbers, so that arms whose dropout draws alike have the same noise. Set-up is what the run has cost above its steady steps:
@@ -88,8 +89,8 @@ class TorchTrainer:
 class HalfstepTrainer:
     """A network trained by a stepper."""
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], *, compiled: bool = False) -> None:
+        self.model, self.compiled = model, compiled
         self.stepper = halfstep.prepare(model, optimizers, "auto")
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -99,6 +100,8 @@ class HalfstepTrainer:
         outcome = self.stepper.step(loss)
         if outcome.status != "applied":
             raise AssertionError(f"a step of the benchmark was {outcome.status}: {outcome.cause}")
+        if self.compiled and outcome.step == 1:
+            self.model = compile_model(self.model)
 
     def describe(self) -> dict[str, Any]:
         """The plan in force, shortly."""
@@ -112,7 +115,8 @@ class HalfstepTrainer:
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    return torch.compile(model)  # type: ignore[return-value]  # a module for a module
+    """For fixed shapes: two networks share torch's code, and each would make the shapes of the other dynamic."""
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # a module for a module
 
 
 def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
@@ -123,12 +127,14 @@ def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
             use_channels_last(model)
     optimizers = workload.build_optimizers(models, fused=arm.tuned)
     trainers: dict[str, Trainer] = {}
-    for name, plain in models.items():
-        model = compile_model(plain) if arm.compiled else plain
+    for name, model in models.items():
         if arm.halfstep:
-            trainers[name] = HalfstepTrainer(model, optimizers[name])
+            trainers[name] = HalfstepTrainer(model, optimizers[name], compiled=arm.compiled)
         else:
-            trainers[name] = TorchTrainer(model, optimizers[name], arm, apart=arm.tuned and len(models) > 1)
+            trainer = TorchTrainer(model, optimizers[name], arm, apart=arm.tuned and len(models) > 1)
+            if arm.compiled:
+                trainer.model = compile_model(model)
+            trainers[name] = trainer
     return trainers
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import compare_results
 import scaling
@@ -205,17 +206,22 @@ def test_every_workload_trains_in_every_arm(name: str, arm: str) -> None:
 
 
 @pytest.mark.parametrize("arm", ["torch-amp-compile", "halfstep-compile"])
-def test_compiled_arms_train(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["mlp", "dcgan", "bert"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which the tracer looks at
+def test_compiled_arms_train(name: str, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
+    counters.clear()
 
     def trace_only(model: nn.Module) -> nn.Module:
-        """torch.compile with a backend that runs what was traced: the C++ compiler would take most of a minute."""
+        """Compile with a backend that runs what was traced: the C++ compiler would take most of a minute."""
         compiled.append(model)
-        return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
+        return torch.compile(model, dynamic=False, backend="aot_eager")  # type: ignore[return-value]
 
     monkeypatch.setattr(speed_worker, "compile_model", trace_only)
-    found = measure(SMALL["mlp"], ARMS[arm], warmup=1, steps=1)
-    assert math.isfinite(found["loss"]) and len(compiled) == 1
+    torch._dynamo.reset()
+    found = measure(SMALL[name], ARMS[arm], warmup=1, steps=2)
+    assert math.isfinite(found["loss"]) and len(compiled) == len(SMALL[name].build_models())
+    assert counters["graph_break"] == {} and counters["stats"]["unique_graphs"] >= len(compiled)
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))

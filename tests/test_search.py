@@ -84,9 +84,9 @@ def test_operations_between_follow_the_layers_that_left_fp32() -> None:
 
 def test_layers_that_are_not_timed_are_tried_in_16_bits_where_no_timed_one_gains() -> None:
     plan = choose_formats([cost_of("a", fp32=9.0, bf16=8.9)], untimed="bf16")
-    table = plan.resolve({"": "", "a": "linear", "b": "recurrent", "c": "norm"}).table
-    assert [table[path].storage for path in ("a", "b", "c")] == ["fp32", "bf16", "fp32"]
-    assert [table[path].compute for path in ("a", "b", "c")] == ["fp32", "bf16", "bf16"]
+    table = plan.resolve({"": "", "a": "linear", "b": "conv", "c": "recurrent", "d": "norm"}).table
+    assert [table[path].storage for path in "abcd"] == ["fp32", "bf16", "fp32", "fp32"]
+    assert [table[path].compute for path in "abcd"] == ["fp32", "bf16", "bf16", "bf16"]
 
 
 def test_rest_follows_the_format_with_the_most_work() -> None:

@@ -121,6 +121,14 @@ def test_layers_that_cannot_be_timed_leave_the_choice_to_the_trial(
         assert [record.storage for record in conversion.describe()] == [storage, "fp32"]
 
 
+def test_tables_with_sparse_gradients_keep_fp32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_times(monkeypatch, bf16_is_faster)
+    model = nn.Sequential(nn.Embedding(5, 8, sparse=True), nn.Linear(8, 2))
+    plan = choose_plan(model, (torch.arange(4),), profile=make_profile("native")).plan
+    with convert(model, plan) as conversion:
+        assert [record.storage for record in conversion.describe()] == ["fp32", "bf16"]
+
+
 def test_fp16_brings_a_dynamic_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
     choice = choose_plan(make_mlp(), (torch.randn(4, 8),), profile=make_profile("slower", "native"))

@@ -289,7 +289,8 @@ def choose_plan(
             model(*args, **kwargs)
         costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
         untimed = fast[0] if _has_untimed(model, shapes) else ""
-        plan = replace(_follow_ties(model, choose_formats(costs, untimed=untimed)), functions=functions)
+        plan = _keep_sparse_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
+        plan = replace(plan, functions=functions)
         plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
@@ -350,6 +351,19 @@ def _is_fast_somewhere(capability: Capability | None) -> bool:
     if capability is None or capability.status not in ("native", "slower"):
         return False
     return capability.ratio_best is not None and capability.ratio_best >= EQUAL
+
+
+def _keep_sparse_tables(model: nn.Module, plan: Plan) -> Plan:
+    """Tables with sparse gradients keep fp32 weights: an update of a few rows costs more behind a master than it reads less."""
+    if all(rule.compute == "fp32" for rule in plan.rules):
+        return plan
+    why, ruled = "sparse gradients: rows of an fp32 table are updated in place", {rule.path for rule in plan.rules}
+    rules = [
+        Rule(path=path, storage="fp32", master="none", why=why)
+        for path, module in model.named_modules()
+        if getattr(module, "sparse", False) and find_kind(module) == "embedding" and path not in ruled
+    ]
+    return replace(plan, rules=(*rules, *plan.rules))
 
 
 def _follow_ties(model: nn.Module, plan: Plan) -> Plan:
