@@ -54,7 +54,9 @@ def choose_formats(costs: Sequence[LayerCost], *, master: str = "split", untimed
     stored: dict[str, str] = {"compute": narrow, "storage": narrow, "master": _master(narrow, master)}
     embeddings = Rule(kind="embedding", why="feeds 16-bit layers", **stored)
     # torch's recurrent layers are slower from 16-bit weights than under autocast (docs/experiments.md)
-    others = [Rule(kind=kind, why="not timed: as the layers around it", **stored) for kind in UNTIMED if kind != "recurrent"]
+    others = [
+        Rule(kind=kind, why="not timed: as the layers around it", **stored) for kind in UNTIMED if kind != "recurrent"
+    ]
     rest = Rule(compute=narrow, cast="op", why="operations between the layers follow them")
     scale = "dynamic" if narrow == "fp16" else "none"
     return Plan(rules=(*rules, embeddings, *others, rest), loss_scale=scale, name="auto")
