@@ -32,6 +32,8 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
             "text-generation",
             "--arms",
             EIGHT_BITS,
+            "--seeds",
+            "6",
             "--steps",
             "60",
             "--set",

@@ -48,8 +48,8 @@ class FunctionMode(TorchFunctionMode):
     Compiled code keeps torch's own, which its compiler fuses. So do subclasses of Tensor.
 
     Examples:
-        >>> with FunctionMode({F.relu: lambda x: x + 1}):
-        ...     F.relu(torch.zeros(1)).item()
+        >>> with FunctionMode({torch.tanh: lambda x: x + 1}):
+        ...     torch.tanh(torch.zeros(1)).item()
         1.0
     """
 
