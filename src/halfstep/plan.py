@@ -416,14 +416,13 @@ def _true(storage: str, **plan: str) -> Plan:
     )
 
 
-def _scaled(compute: str, grad: str, scaling: str) -> Plan:
+def _scaled(compute: str, grad: str, **settings: str) -> Plan:
     """Products of linear and convolution layers in 8 bits, all else as in bf16-mixed.
 
     The ends stay in 16 bits, as in every 8-bit recipe that is known to hold (DeepSeek-V3, arXiv 2412.19437, section
-    3.3.1; torchao's and Transformer Engine's): they hold few of the multiplications and most of the harm. So does the product
-    that gives the weight's gradient, whose noise goes straight into the update (Wortsman et al. 2023, arXiv 2304.13013).
+    3.3.1; torchao's and Transformer Engine's): they hold few of the multiplications and most of the harm.
     """
-    products = {"compute": compute, "grad": grad, "grad_weight": "bf16", "scaling": scaling}
+    products = {"compute": compute, "grad": grad, **settings}
     return Plan(
         rules=(
             Rule(position="first", compute="bf16", why="reads the data: its errors reach every other layer"),
@@ -441,8 +440,8 @@ PRESETS: dict[str, Plan] = {
     "16-mixed": _mixed("fp16", name="16-mixed", loss_scale="dynamic"),
     "bf16-true": _true("bf16", name="bf16-true"),
     "16-true": _true("fp16", name="16-true"),
-    "fp8-mixed": replace(_scaled("fp8_e4m3", "fp8_e5m2", "tensor"), name="fp8-mixed"),
-    "int8-mixed": replace(_scaled("int8", "int8", "row"), name="int8-mixed"),
+    "fp8-mixed": replace(_scaled("fp8_e4m3", "fp8_e5m2", scaling="tensor"), name="fp8-mixed"),
+    "int8-mixed": replace(_scaled("int8", "int8", scaling="row", grad_weight="bf16"), name="int8-mixed"),
 }
 ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed",
            "fp8": "fp8-mixed", "int8": "int8-mixed"}  # fmt: skip
