@@ -172,3 +172,24 @@ def test_a_state_holds_the_ways_that_were_timed() -> None:
     scaled_attention.ROUTES.clear()
     stepper.load_state_dict(state)
     assert found == scaled_attention.ROUTES
+
+
+def test_second_derivatives_of_the_loss_are_torchs_inside_the_block_too() -> None:
+    x, y = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
+
+    def differentiate() -> Tensor:
+        (first,) = torch.autograd.grad(F.cross_entropy(x, y), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        return second
+
+    with FunctionMode():
+        ours = differentiate()
+    torch.testing.assert_close(ours, differentiate(), rtol=1e-5, atol=1e-7)
+
+
+def test_attention_is_left_to_the_way_that_was_asked_for() -> None:
+    q = torch.randn(2, 7, 8, requires_grad=True)
+    with FunctionMode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (first,) = torch.autograd.grad(F.scaled_dot_product_attention(q, q, q).square().sum(), q, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), q)
+    assert bool(torch.isfinite(second).all())

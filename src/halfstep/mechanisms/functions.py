@@ -64,13 +64,14 @@ class FunctionMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         ours = self.replacements.get(func)
+        if (ours is None and func not in _MADE_OF_OTHERS) or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if any(kind not in PLAIN for kind in types):
+            return func(*args, **kwargs)
         if ours is not None:
-            is_left = torch.compiler.is_compiling() or any(kind not in PLAIN for kind in types)
-            return func(*args, **kwargs) if is_left else ours(*args, **kwargs)
-        if func in _MADE_OF_OTHERS and not torch.compiler.is_compiling():
-            with self:
-                return INSIDES[func](*args, **kwargs)
-        return func(*args, **kwargs)
+            return ours(*args, **kwargs)
+        with self:
+            return INSIDES[func](*args, **kwargs)
 
 
 _MADE_OF_OTHERS = frozenset((F.multi_head_attention_forward, *BACKWARD))

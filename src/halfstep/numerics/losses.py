@@ -126,9 +126,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,), (logits, target, rows) = gradients, ctx.saved_tensors
         if torch.is_grad_enabled() or find_obstacle(gradient, dtypes=[torch.float32]):
-            with torch.enable_grad():
+            wanted = torch.is_grad_enabled()
+            with (
+                torch.enable_grad(),
+                torch._C.DisableTorchFunction(),
+            ):  # a mode would put this function in torch's place again
                 loss = ctx.rule.apply_slowly(logits, target)
-            (result,) = torch.autograd.grad(loss, logits, gradient, create_graph=torch.is_grad_enabled())
+                (result,) = torch.autograd.grad(loss, logits, gradient, create_graph=wanted)
             return result, None, None
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         scale = float(gradient) * ctx.share

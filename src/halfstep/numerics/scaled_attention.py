@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from halfstep.errors import UnsupportedError
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
-from halfstep.numerics.kernels import COUNT, FLOAT, INT, POINTER, WORD, Kernels, find_obstacle
+from halfstep.numerics.kernels import COUNT, FLOAT, INT, PLAIN, POINTER, WORD, Kernels, find_obstacle
 from halfstep.numerics.noise import draw_noise
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -124,6 +124,8 @@ def explain_attention(
     obstacle = find_obstacle(query, key, value, dtypes=DTYPES) or _find_fault(query, key, value)
     if obstacle:
         return obstacle
+    if not torch.backends.cuda.flash_sdp_enabled():  # as torch.nn.attention.sdpa_kernel sets it, on a processor too
+        return "another way was asked for"
     if enable_gqa or (is_causal and attn_mask is not None):
         return "grouped queries" if enable_gqa else "a mask beside is_causal"
     if attn_mask is not None and (fault := _find_fault_of_mask(attn_mask, query, key)):
@@ -241,7 +243,7 @@ def _measure_route(ways: dict[Route, Callable[[], Tensor]], leaves: tuple[Tensor
     """The fastest of a few rounds, by turns; what is saved meanwhile is no business of the caller's hooks."""
     seconds: dict[Route, list[float]] = {name: [] for name in ways}
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with hooks, torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with hooks, torch.enable_grad(), torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction():
         for _ in range(ROUNDS + 1):
             for name, way in ways.items():
                 start = time.perf_counter()
@@ -266,11 +268,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (q, k, v, weights) = gradients, ctx.saved_tensors
-        if torch.is_grad_enabled() or find_obstacle(gradient, dtypes=DTYPES):
+        is_plain = type(gradient) in PLAIN and gradient.dtype in DTYPES
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or not is_plain:
             raise UnsupportedError(
                 "attention by kernel has no second derivatives and takes one gradient at a time; got create_graph=True or "
-                "is_grads_batched=True; call torch.nn.functional.scaled_dot_product_attention itself, under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                "is_grads_batched=True; run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the "
+                "plan functions=torch"
             )
         g = gradient.reshape(-1, *gradient.shape[-2:]).contiguous()
         with torch.autocast("cpu", enabled=False):

@@ -38,6 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfstep.numerics import kernels
 from halfstep.numerics.kernels import COUNT, INT, POINTER, Kernels
 from halfstep.numerics.words import join, split
 
@@ -206,7 +207,12 @@ def lie_alike(first: Tensor, *others: Tensor) -> bool:
     """
     shape, contiguous = first.shape, True
     for tensor in (first, *others):
-        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.shape != shape:
+        if (
+            type(tensor) not in kernels.PLAIN
+            or not tensor.is_cpu
+            or tensor.layout is not torch.strided
+            or tensor.shape != shape
+        ):
             return False
         contiguous = contiguous and tensor.is_contiguous()
     return contiguous or (_is_dense(first) and all(tensor.stride() == first.stride() for tensor in others))
