@@ -127,10 +127,8 @@ class _CrossEntropy(torch.autograd.Function):
         (gradient,), (logits, target, rows) = gradients, ctx.saved_tensors
         if torch.is_grad_enabled() or find_obstacle(gradient, dtypes=[torch.float32]):
             wanted = torch.is_grad_enabled()
-            with (
-                torch.enable_grad(),
-                torch._C.DisableTorchFunction(),
-            ):  # a mode would put this function in torch's place again
+            # without a mode, which would put this function in torch's place again
+            with torch.enable_grad(), torch._C.DisableTorchFunction():
                 loss = ctx.rule.apply_slowly(logits, target)
                 (result,) = torch.autograd.grad(loss, logits, gradient, create_graph=wanted)
             return result, None, None
