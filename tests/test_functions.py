@@ -76,7 +76,7 @@ def test_subclasses_of_tensor_keep_torchs_own() -> None:
     assert not seen
 
 
-def test_compiled_code_keeps_torchs_own() -> None:
+def test_compiled_code_has_no_replacements_but_those_it_can_trace() -> None:
     mode, seen = count_calls(F.cross_entropy)
     compiled = torch.compile(lambda x, y: F.cross_entropy(x, y), backend="aot_eager", fullgraph=True)
     x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])

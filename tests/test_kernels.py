@@ -33,7 +33,7 @@ def test_without_a_compiler_torchs_functions_run(monkeypatch: pytest.MonkeyPatch
     assert type(out.grad_fn).__name__.endswith("Backward0")  # torch's own nodes are numbered
 
 
-def test_torch_compile_gets_torchs_functions() -> None:
+def test_torch_compile_gets_torchs_functions_outside_of_the_mode() -> None:
     seen: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:

@@ -41,6 +41,7 @@ SPINE = [
     "numerics.losses",
     "numerics.native_steps",
     "numerics.scaled_attention",
+    "numerics.traced",
     "numerics.movement",
     "numerics.amax",
     "numerics.casting",

@@ -15,29 +15,40 @@ must draw what they drew before.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts, losses, scaled_attention
+from halfstep.numerics import dropouts, losses, scaled_attention, traced
 from halfstep.numerics.kernels import PLAIN, Kernels
 
 Function = Callable[..., Any]
 
 
-FAST: Mapping[Function, tuple[Function, Kernels]] = {
-    F.dropout: (dropouts.dropout, dropouts.KERNELS),
-    F.cross_entropy: (losses.cross_entropy, losses.KERNELS),
-    F.scaled_dot_product_attention: (
+@dataclass(frozen=True)
+class Fast:
+    """What takes a function's place, what does in compiled code, and the kernels without which that is no gain."""
+
+    eager: Function
+    traced: Function
+    kernels: Kernels
+
+
+FAST: Mapping[Function, Fast] = {
+    F.dropout: Fast(dropouts.dropout, traced.dropout, dropouts.KERNELS),
+    F.cross_entropy: Fast(losses.cross_entropy, traced.cross_entropy, losses.KERNELS),
+    F.scaled_dot_product_attention: Fast(
         scaled_attention.scaled_dot_product_attention,
+        traced.scaled_dot_product_attention,
         scaled_attention.KERNELS,
     ),
 }
-"""torch function -> what takes its place, and the kernels without which that is no gain."""
+"""torch function -> what takes its place."""
 
 
 class FunctionMode(TorchFunctionMode):
@@ -45,7 +56,8 @@ class FunctionMode(TorchFunctionMode):
 
     replacements: torch function -> function with the same signature; left out: all of FAST whose kernels run here.
 
-    Compiled code keeps torch's own, which its compiler fuses. So do subclasses of Tensor.
+    Subclasses of Tensor keep torch's own. In compiled code, if it is called inside the block, those of FAST become operators
+    in its graph (`numerics.traced`), and no others are replaced.
 
     Examples:
         >>> with FunctionMode({torch.tanh: lambda x: x + 1}):
@@ -55,16 +67,22 @@ class FunctionMode(TorchFunctionMode):
 
     def __init__(self, replacements: Mapping[Function, Function] | None = None) -> None:
         super().__init__()
+        self.traced: dict[Function, Function] = {}
         if replacements is None:
-            replacements = {theirs: ours for theirs, (ours, kernels) in FAST.items() if kernels.library.functions}
+            usable = {theirs: fast for theirs, fast in FAST.items() if fast.kernels.library.functions}
+            replacements = {theirs: fast.eager for theirs, fast in usable.items()}
+            self.traced = {theirs: fast.traced for theirs, fast in usable.items()}
         self.replacements = dict(replacements)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        ours = self.replacements.get(func)
-        if (ours is None and func not in _MADE_OF_OTHERS) or torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling()
+        ours = (self.traced if is_traced else self.replacements).get(func)
+        if is_traced and func is Tensor.unflatten:  # which the compiler cannot trace under a mode
+            return torch.unflatten(*args, **kwargs)
+        if ours is None and (is_traced or func not in _MADE_OF_OTHERS):
             return func(*args, **kwargs)
         if any(kind not in PLAIN for kind in types):
             return func(*args, **kwargs)
@@ -84,7 +102,7 @@ def describe_functions() -> tuple[str, ...]:
         >>> describe_functions()[0].partition(":")[0]
         'dropout'
     """
-    return tuple(f"{theirs.__name__}: {kernels.describe()}" for theirs, (_, kernels) in FAST.items())
+    return tuple(f"{theirs.__name__}: {fast.kernels.describe()}" for theirs, fast in FAST.items())
 
 
 def get_routes() -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
     Raises ValueError for p outside 0 ... 1, as torch does.
     """
-    if explain_dropout(input, p, training, inplace):
+    if torch.compiler.is_compiling() or explain_dropout(input, p, training, inplace):
         return F.dropout(input, p, training, inplace)
     result: Tensor = _Dropout.apply(input, Drop(p, draw_keys()))
     return result
@@ -124,18 +124,28 @@ class _Dropout(torch.autograd.Function):
     """Its own derivative: linear in x, so second derivatives are exact too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, drop: Drop) -> Tensor:
-        ctx.drop = drop
-        functions = KERNELS.library.functions
-        assert functions is not None  # noqa: S101 - explain_dropout asks
-        return _drop(functions, x.contiguous(), drop)
+    def forward(ctx: Any, x: Tensor, rule: Drop) -> Tensor:
+        ctx.rule = rule
+        return drop(x, rule)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         if find_obstacle(gradient, dtypes=DTYPES):
-            return drop_slowly(gradient, ctx.drop), None
-        return _Dropout.apply(gradient, ctx.drop), None
+            return drop_slowly(gradient, ctx.rule), None
+        return _Dropout.apply(gradient, ctx.rule), None
+
+
+def drop(x: Tensor, rule: Drop) -> Tensor:
+    """By kernel, without a graph: any shape -> the same, contiguous; the truth is `drop_slowly`.
+
+    Examples:
+        >>> KERNELS.library.functions is None or drop(torch.ones(4), Drop(0.5, (1, 2))).tolist() == [2.0, 2.0, 0.0, 0.0]
+        True
+    """
+    functions = KERNELS.library.functions
+    assert functions is not None  # noqa: S101 - explain_dropout asks
+    return _drop(functions, x.contiguous(), rule)
 
 
 def _drop(functions: ctypes.CDLL, x: Tensor, drop: Drop) -> Tensor:

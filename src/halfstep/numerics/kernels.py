@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import platformdirs
 import torch
@@ -48,6 +48,10 @@ Allocate = Callable[[int], Tensor]  # bytes -> [bytes] uint8 on the processor
 
 POINTER, INT, COUNT, WORD = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -151,16 +155,28 @@ def make_buffer(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8)
 
 
+def hold_constant(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler.assume_constant_result does, which would import the compiler: run while code is traced, and not again.
+
+    Examples:
+        >>> @hold_constant
+        ... def count_threads() -> int:
+        ...     return torch.get_num_threads()
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 def find_obstacle(*tensors: Tensor, dtypes: Sequence[torch.dtype]) -> str:
-    """Why a kernel cannot stand in for torch's function on these tensors, here and now; "" where it can.
+    """Why a kernel cannot stand in for torch's function on these tensors, here and now; "" where it can, in compiled code as
+    an operator.
 
     Examples:
         >>> find_obstacle(torch.ones(1), dtypes=[torch.bfloat16])
         'dtype float32'
     """
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses it"
-    return _find_watcher() or next(filter(None, (_find_fault(t, dtypes) for t in tensors)), "")
+    watcher = "" if torch.compiler.is_compiling() else _find_watcher()
+    return watcher or next((fault for t in tensors if (fault := _find_fault(t, dtypes))), "")
 
 
 def _find_watcher() -> str:
@@ -179,6 +195,8 @@ def _find_fault(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str:
         return f"a {type(tensor).__name__}"
     if tensor.device.type != "cpu":
         return f"device {tensor.device.type}"
-    if tensor.layout != torch.strided or tensor.is_neg():
-        return f"layout {tensor.layout}" if tensor.layout != torch.strided else "a lazily negated view"
+    if tensor.layout != torch.strided:
+        return f"layout {tensor.layout}"
+    if not torch.compiler.is_compiling() and tensor.is_neg():  # operators are given plain ones
+        return "a lazily negated view"
     return "" if tensor.dtype in dtypes else f"dtype {str(tensor.dtype).removeprefix('torch.')}"

@@ -95,7 +95,8 @@ def cross_entropy(
     Raises IndexError for a target that is no class, as torch does.
     """
     if (
-        explain_cross_entropy(input, target, weight, reduction, label_smoothing)
+        torch.compiler.is_compiling()
+        or explain_cross_entropy(input, target, weight, reduction, label_smoothing)
         or size_average is not None
         or reduce is not None
     ):
@@ -110,17 +111,10 @@ def cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, rule: Rule) -> Tensor:
-        rows = logits.new_empty(len(logits), 2, dtype=torch.float32)
-        losses, totals = (logits.new_empty(count, dtype=torch.float64) for count in (len(logits), 3))
-        _call("measure_losses", logits, target, rule, rows.data_ptr(), losses.data_ptr(), totals.data_ptr())
-        total, count, wrong = totals.tolist()
-        if wrong:
-            return rule.apply_slowly(logits, target)  # raises torch's own error
+        loss, rows, ctx.share = measure(logits, target, rule)
         ctx.save_for_backward(logits, target, rows)
-        ctx.rule, ctx.share = rule, 1.0
-        if rule.reduction == "mean":
-            ctx.share = 1 / count if count else torch.nan
-        return rows.new_tensor(total * ctx.share)
+        ctx.rule = rule
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -132,10 +126,42 @@ class _CrossEntropy(torch.autograd.Function):
                 loss = ctx.rule.apply_slowly(logits, target)
                 (result,) = torch.autograd.grad(loss, logits, gradient, create_graph=wanted)
             return result, None, None
-        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        scale = float(gradient) * ctx.share
-        _call("write_gradients", logits, target, ctx.rule, rows.data_ptr(), scale, result.data_ptr())
-        return result, None, None
+        return write_gradients(logits, target, rows, float(gradient) * ctx.share, ctx.rule), None, None
+
+
+def measure(logits: Tensor, target: Tensor, rule: Rule) -> tuple[Tensor, Tensor, float]:
+    """By kernel, without a graph: [n, classes], [n] -> the loss [] fp32, what each row keeps [n, 2] fp32, and the share of a
+    row in the loss.
+
+    Examples:
+        >>> rule, target = Rule(-100, 0.0, "mean"), torch.tensor([1, 0])
+        >>> KERNELS.library.functions is None or measure(torch.zeros(2, 4), target, rule)[2] == 0.5
+        True
+
+    Raises IndexError for a target that is no class, as torch does.
+    """
+    rows = logits.new_empty(len(logits), 2, dtype=torch.float32)
+    losses, totals = (logits.new_empty(count, dtype=torch.float64) for count in (len(logits), 3))
+    _call("measure_losses", logits, target, rule, rows.data_ptr(), losses.data_ptr(), totals.data_ptr())
+    total, count, wrong = totals.tolist()
+    if wrong:
+        return rule.apply_slowly(logits, target), rows, torch.nan  # raises torch's own error
+    share = 1.0 if rule.reduction == "sum" else 1 / count if count else torch.nan
+    return rows.new_tensor(total * share), rows, share
+
+
+def write_gradients(logits: Tensor, target: Tensor, rows: Tensor, scale: float, rule: Rule) -> Tensor:
+    """The gradient of the logits times a scale, in their dtype, from what `measure` kept.
+
+    Examples:
+        >>> logits, target, rule = torch.zeros(1, 2), torch.tensor([1]), Rule(-100, 0.0, "sum")
+        >>> rows = torch.tensor([[0.0, 2.0]])
+        >>> KERNELS.library.functions is None or write_gradients(logits, target, rows, 1.0, rule).tolist() == [[0.5, -0.5]]
+        True
+    """
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _call("write_gradients", logits, target, rule, rows.data_ptr(), scale, result.data_ptr())
+    return result
 
 
 def _call(name: str, logits: Tensor, target: Tensor, rule: Rule, *others: Any) -> None:

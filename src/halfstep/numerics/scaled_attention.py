@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from halfstep.errors import UnsupportedError
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
-from halfstep.numerics.kernels import COUNT, FLOAT, INT, PLAIN, POINTER, WORD, Kernels, find_obstacle
+from halfstep.numerics.kernels import COUNT, FLOAT, INT, PLAIN, POINTER, WORD, Kernels, find_obstacle, hold_constant
 from halfstep.numerics.noise import draw_noise
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -124,7 +124,7 @@ def explain_attention(
     obstacle = find_obstacle(query, key, value, dtypes=DTYPES) or _find_fault(query, key, value)
     if obstacle:
         return obstacle
-    if not torch.backends.cuda.flash_sdp_enabled():  # as torch.nn.attention.sdpa_kernel sets it, on a processor too
+    if not _may_choose():
         return "another way was asked for"
     if enable_gqa or (is_causal and attn_mask is not None):
         return "grouped queries" if enable_gqa else "a mask beside is_causal"
@@ -138,6 +138,12 @@ def explain_attention(
     if not dropout_p and weights_bytes > MOST_BYTES:
         return f"{weights_bytes >> 20} MiB of weights"
     return "" if KERNELS.library.functions is not None else KERNELS.describe()
+
+
+@hold_constant
+def _may_choose() -> bool:
+    """As torch.nn.attention.sdpa_kernel sets it, on a processor too."""
+    return bool(torch.backends.cuda.flash_sdp_enabled())
 
 
 def _find_fault(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -192,21 +198,27 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    query, key, value = (_cast(t) for t in (query, key, value))
+    query, key, value = (cast(t) for t in (query, key, value))
     if explain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     drop = Drop(dropout_p, draw_keys()) if dropout_p else None
     rule = Rule(1 / math.sqrt(query.shape[-1]) if scale is None else scale, is_causal, drop)
-    if drop is None and _find_route(query, key, value, attn_mask, rule) == "torch":
+    if drop is None and find_route(query, key, value, attn_mask, rule) == "torch":
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
     result: Tensor = _Attention.apply(query, key, value, attn_mask, rule)
     return result
 
 
-def _cast(tensor: Tensor) -> Tensor:
-    """As torch.autocast does, for which this function is one of those in 16 bits."""
+def cast(tensor: Tensor) -> Tensor:
+    """As torch.autocast does, for which attention is one of the functions in 16 bits.
+
+    Examples:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     cast(torch.ones(1)).dtype
+        torch.bfloat16
+    """
     if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.is_floating_point() and torch.is_autocast_enabled("cpu"):
         return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype("cpu"))
     return tensor
@@ -226,8 +238,14 @@ def describe_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     return Shape(batches, queries, keys, features, values, dtype, causal, kind, torch.get_num_threads())
 
 
-def _find_route(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Route:
-    """Which way was faster forward and backward when this shape was first seen."""
+def find_route(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Route:
+    """Which way was faster forward and backward when this shape was first seen.
+
+    Examples:
+        >>> q = torch.ones(2, 8, 4)
+        >>> KERNELS.library.functions is None or find_route(q, q, q, None, Rule(0.5, True, None)) in ("kernel", "torch")
+        True
+    """
     shape = describe_shape(query, key, value, mask, rule.causal)
     if shape not in ROUTES:
         q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
@@ -256,18 +274,15 @@ def _measure_route(ways: dict[Route, Callable[[], Tensor]], leaves: tuple[Tensor
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
-        q, k, v = (t.reshape(-1, *t.shape[-2:]).contiguous() for t in (query, key, value))
-        with torch.autocast("cpu", enabled=False):
-            weights = torch.bmm(q, k.mT)
-            dropped = _weigh_keys(_take_functions(), weights, mask, rule, query.shape[:-2])
-            out = torch.bmm(dropped, v)
+        q, k, v = (t.contiguous() for t in (query, key, value))
+        out, weights = attend(q, k, v, mask, rule)
         ctx.save_for_backward(q, k, v, weights)
-        ctx.rule, ctx.batch = rule, query.shape[:-2]
-        return out.view(*ctx.batch, *out.shape[1:])
+        ctx.rule = rule
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (q, k, v, weights) = gradients, ctx.saved_tensors
+        (gradient,) = gradients
         is_plain = type(gradient) in PLAIN and gradient.dtype in DTYPES
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or not is_plain:
             raise UnsupportedError(
@@ -275,12 +290,48 @@ class _Attention(torch.autograd.Function):
                 "is_grads_batched=True; run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the "
                 "plan functions=torch"
             )
-        g = gradient.reshape(-1, *gradient.shape[-2:]).contiguous()
-        with torch.autocast("cpu", enabled=False):
-            scores = torch.bmm(g, v.mT)
-            dropped = _weigh_gradients(_take_functions(), weights, scores, ctx.rule)
-            found = torch.bmm(scores, k), torch.bmm(scores.mT, q), torch.bmm(dropped.mT, g)
-        return *(t.view(*ctx.batch, *t.shape[1:]) for t in found), None, None
+        q, k, v, weights = ctx.saved_tensors
+        return *attend_backward(gradient, q, k, v, weights, ctx.rule), None, None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """By kernel, without a graph: [..., L, E], [..., S, E], [..., S, V] -> out [..., L, V] and the weights [b, L, S] before
+    dropout, for `attend_backward`.
+
+    Examples:
+        >>> q = torch.eye(2)[None]
+        >>> KERNELS.library.functions is None or attend(q, q, q, None, Rule(1.0, True, None))[1][0, 0].tolist() == [1.0, 0.0]
+        True
+    """
+    q, k, v = (_flatten(t) for t in (query, key, value))
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.bmm(q, k.mT)
+        dropped = _weigh_keys(_take_functions(), weights, mask, rule, query.shape[:-2])
+        out = torch.bmm(dropped, v)
+    return out.view(*query.shape[:-1], value.shape[-1]), weights
+
+
+def attend_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, in their shapes.
+
+    Examples:
+        >>> q, rule = torch.eye(2)[None], Rule(1.0, True, None)
+        >>> KERNELS.library.functions is None or attend_backward(q, q, q, q, q.clone(), rule)[0].shape == q.shape
+        True
+    """
+    q, k, v, g = (_flatten(t) for t in (query, key, value, gradient))
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.bmm(g, v.mT)
+        dropped = _weigh_gradients(_take_functions(), weights, scores, rule)
+        found = torch.bmm(scores, k), torch.bmm(scores.mT, q), torch.bmm(dropped.mT, g)
+    grad_q, grad_k, grad_v = (f.view(t.shape) for f, t in zip(found, (query, key, value), strict=True))
+    return grad_q, grad_k, grad_v
+
+
+def _flatten(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, *tensor.shape[-2:]).contiguous()
 
 
 def _take_functions() -> ctypes.CDLL:

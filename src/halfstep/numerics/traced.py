@@ -1,0 +1,234 @@
+"""The fast functions in compiled code: kernels as operators of torch's, which torch.compile writes into its graph unseen.
+
+    torch.nn.functional's function  ->  the same signature here, traced  ->  halfstep::draw_drop, drop, attend, ...
+
+A compiler cannot look into a kernel, and need not where the kernel is the faster of the two: it fuses torch's dropout with what
+stands around it, and still draws a number an element; it leaves torch's attention as it is; and it computes a cross entropy of
+16-bit logits in three passes. Around the operators everything is fused as before.
+
+What each operator computes, and for what, stands in `dropouts`, `losses` and `scaled_attention`. Keys of noise come from torch's
+default generator by an operator that is tagged as random: the compiler neither merges two draws nor repeats one, and puts the
+generator back where activation checkpointing runs code again.
+
+Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
+compiler keeps a size open, calls without dropout are left to torch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from halfstep.numerics import dropouts, losses, scaled_attention
+from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
+from halfstep.numerics.kernels import hold_constant
+from halfstep.numerics.scaled_attention import Route, Rule
+
+
+@custom_op("halfstep::draw_drop", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw_drop(like: Tensor, p: float) -> Tensor:
+    """[3] int64: p in steps of 2^-16 and two keys from torch's default generator; the tensor says that this is the processor."""
+    return torch.tensor([round(p * LEVELS), *draw_keys()], dtype=torch.int64)
+
+
+@draw_drop.register_fake
+def _(like: Tensor, p: float) -> Tensor:
+    return like.new_empty(3, dtype=torch.int64)
+
+
+def _read_drop(words: Tensor) -> Drop:
+    levels, first, second = words.tolist()
+    return Drop(levels / LEVELS, (first, second))
+
+
+@custom_op("halfstep::drop", mutates_args=())
+def drop(x: Tensor, words: Tensor) -> Tensor:
+    """x * factor, with the words of `draw_drop`."""
+    return dropouts.drop(x, _read_drop(words))
+
+
+@drop.register_fake
+def _(x: Tensor, words: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_drop(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _drop_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return drop(gradient, *ctx.saved_tensors), None
+
+
+drop.register_autograd(_drop_gradient, setup_context=_keep_drop)
+
+
+@custom_op("halfstep::measure_losses", mutates_args=())
+def measure_losses(
+    logits: Tensor, target: Tensor, ignored: int, smoothing: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, classes], [n] -> the loss [] fp32, what each row keeps [n, 2] fp32, and the share of a row in it [] fp64."""
+    loss, rows, share = losses.measure(logits, target, losses.Rule(ignored, smoothing, reduction))
+    return loss, rows, torch.tensor(share, dtype=torch.float64)
+
+
+@measure_losses.register_fake
+def _(logits: Tensor, target: Tensor, ignored: int, smoothing: float, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.new_empty(logits.shape[0], 2, dtype=torch.float32)
+    return rows.new_empty(()), rows, rows.new_empty((), dtype=torch.float64)
+
+
+@custom_op("halfstep::write_gradients", mutates_args=())
+def write_gradients(
+    gradient: Tensor, logits: Tensor, target: Tensor, rows: Tensor, share: Tensor, ignored: int, smoothing: float
+) -> Tensor:
+    """The gradient of the logits in their dtype."""
+    rule = losses.Rule(ignored, smoothing, "sum")
+    return losses.write_gradients(logits, target, rows, float(gradient) * float(share), rule)
+
+
+@write_gradients.register_fake
+def _(
+    gradient: Tensor, logits: Tensor, target: Tensor, rows: Tensor, share: Tensor, ignored: int, smoothing: float
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _keep_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, ctx.ignored, ctx.smoothing, _ = inputs
+    ctx.save_for_backward(logits, target, *output[1:])
+
+
+def _losses_gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    return write_gradients(gradients[0], *ctx.saved_tensors, ctx.ignored, ctx.smoothing), None, None, None, None
+
+
+measure_losses.register_autograd(_losses_gradient, setup_context=_keep_losses)
+
+
+def _make_rule(words: Tensor | None, scale: float, causal: bool) -> Rule:
+    return Rule(scale, causal, None if words is None else _read_drop(words))
+
+
+@custom_op("halfstep::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, words: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """[..., L, E], [..., S, E], [..., S, V] -> out [..., L, V] and the weights [b, L, S] before dropout."""
+    return scaled_attention.attend(q, k, v, mask, _make_rule(words, scale, causal))
+
+
+@attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, words: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batches, queries = q.shape[:-2].numel(), q.shape[-2]
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(batches, queries, k.shape[-2])
+
+
+@custom_op("halfstep::attend_backward", mutates_args=())
+def attend_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, words: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
+    return scaled_attention.attend_backward(gradient, q, k, v, weights, _make_rule(words, scale, causal))
+
+
+@attend_backward.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, words: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    return q, k, v
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, _, words, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, output[1], words)
+
+
+def _attention_gradient(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *attend_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None, None, None
+
+
+attend.register_autograd(_attention_gradient, setup_context=_keep_attention)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`dropouts.dropout` in compiled code.
+
+    Examples:
+        >>> x = torch.ones(100_000, dtype=torch.bfloat16)
+        >>> abs(float((dropout(x, 0.25) == 0).float().mean()) - 0.25) < 0.01
+        True
+    """
+    if dropouts.explain_dropout(input, p, training, inplace):
+        return F.dropout(input, p, training, inplace)
+    dropped: Tensor = drop(input, draw_drop(input, p))
+    return dropped
+
+
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`losses.cross_entropy` in compiled code.
+
+    Examples:
+        >>> logits = torch.tensor([[1.0, 2.0], [3.0, 3.0]], dtype=torch.bfloat16)
+        >>> round(float(cross_entropy(logits, torch.tensor([1, 0]))), 4)
+        0.5032
+    """
+    is_old = size_average is not None or reduce is not None
+    if is_old or losses.explain_cross_entropy(input, target, weight, reduction, label_smoothing):
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )  # fmt: skip
+    loss: Tensor = measure_losses(input, target.contiguous(), ignore_index, label_smoothing, reduction)[0]
+    return loss
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`scaled_attention.scaled_dot_product_attention` in compiled code.
+
+    Examples:
+        >>> q = torch.eye(2)[None].requires_grad_()
+        >>> scaled_dot_product_attention(q, q, q, is_causal=True)[0, 0].tolist()
+        [1.0, 0.0]
+    """
+    query, key, value = (scaled_attention.cast(t) for t in (query, key, value))
+    fault = scaled_attention.explain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if fault or not (dropout_p or _is_faster(query, key, value, attn_mask, factor, is_causal)):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    words = draw_drop(query, dropout_p) if dropout_p else None
+    q, k, v = (t.contiguous() for t in (query, key, value))
+    mixed: Tensor = attend(q, k, v, attn_mask, words, factor, is_causal)[0]
+    return mixed
+
+
+def _is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> bool:
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports the compiler, which is there by now
+
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if not all(has_static_value(n) for t in tensors for n in t.shape):
+        return False
+    shapes = [tuple(t.shape) for t in tensors]
+    route = _time_route(shapes, query.dtype, None if mask is None else mask.dtype, scale, causal)
+    return bool(route == "kernel")
+
+
+@hold_constant
+def _time_route(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, mask_dtype: torch.dtype | None, scale: float, causal: bool
+) -> Route:
+    q, k, v = (torch.zeros(shape, dtype=dtype) for shape in shapes[:3])
+    mask = None if mask_dtype is None else torch.ones(shapes[3], dtype=mask_dtype)
+    return scaled_attention.find_route(q, k, v, mask, Rule(scale, causal, None))
