@@ -15,18 +15,15 @@ from halfstep.errors import DataError
 from halfstep.tasks import image_classification
 from halfstep.tasks.image_classification import (
     FASHION_FOLDER,
-    MODELS,
     ImageClassification,
     Images,
     Options,
-    PatchWhitening,
     augment,
     read_cifar10,
     read_digits,
     read_fashion,
 )
 from halfstep.training import TrainSettings
-from helpers import seeded
 
 FASHION = {"train": 7, "t10k": 3}
 
@@ -213,44 +210,10 @@ class TestCifar10:
             read_cifar10("")
 
 
-class TestModels:
-    @pytest.mark.parametrize("name", sorted(MODELS))
-    @pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 10), (1, 28, 7)])
-    def test_give_a_logit_for_each_class(self, name: str, channels: int, size: int, classes: int) -> None:
-        model = MODELS[name](channels, size, classes, 4).eval()
-        with torch.no_grad():
-            assert model(torch.randn(2, channels, size, size)).shape == (2, classes)
-
-    @pytest.mark.parametrize(
-        ("name", "expected"),
-        [("cnn", 72_906), ("resnet9", 2_563_128), ("resnet18", 11_173_962)],
-    )
-    def test_have_the_known_number_of_parameters_on_cifar(self, name: str, expected: int) -> None:
-        with torch.device("meta"):
-            model = MODELS[name](3, 32, 10, 64)
-        assert sum(p.numel() for p in model.parameters()) == expected
-
-    def test_whitening_makes_patches_uncorrelated_and_of_unit_variance(self) -> None:
-        with seeded(0):
-            images = torch.randn(50, 3, 12, 12).cumsum(3) @ torch.randn(12, 12)
-            stem = PatchWhitening(3, 32)
-        stem.fit(images)
-        with torch.no_grad():
-            y = stem(images)[:, :12].permute(1, 0, 2, 3).flatten(1)
-        torch.testing.assert_close(y @ y.T / y.shape[1], torch.eye(12), rtol=0, atol=2e-2)
-        assert not stem.weight.requires_grad
-
-    def test_resnet18_halves_the_image_three_times(self) -> None:
-        model = MODELS["resnet18"](3, 32, 10, 4).eval()
-        assert isinstance(model, nn.Sequential)
-        with torch.no_grad():
-            features = model[:9](torch.randn(1, 3, 32, 32))  # the stem and eight blocks
-        assert features.shape == (1, 32, 4, 4)
-
-    def test_the_seed_decides_the_initial_weights(self) -> None:
-        weights = [make_task(seed=seed).build_model().state_dict()["0.weight"] for seed in (3, 3, 4)]
-        assert torch.equal(weights[0], weights[1])
-        assert not torch.equal(weights[0], weights[2])
+def test_the_seed_decides_the_initial_weights() -> None:
+    weights = [make_task(seed=seed).build_model().state_dict()["0.weight"] for seed in (3, 3, 4)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def find_shifts(image: Tensor, result: Tensor, pad: int) -> list[tuple[int, int, bool]]:
@@ -390,6 +353,17 @@ class TestLossAndMetric:
             expected = 100 * (together.argmax(1) == y).float().mean().item()
             assert averaged.evaluate(model) == pytest.approx(expected)
             assert averaged.evaluate(model) != plain.evaluate(model)
+
+    def test_shift_average_adds_those_of_two_shifted_images_by_half(self) -> None:
+        plain = make_task(options=Options(flip_average=True))
+        averaged = make_task(options=Options(flip_average=True, shift_average=True))
+        model, (x, y) = plain.build_model(), (plain.images.held_out, plain.images.held_out_labels)
+        up, down = (F.pad(x, [1] * 4, mode="reflect")[..., n : n + 8, n : n + 8] for n in (0, 2))
+        with torch.no_grad():
+            first, second, third = ((model(v).softmax(1) + model(v.flip(3)).softmax(1)) for v in (x, up, down))
+        expected = 100 * ((first + (second + third) / 2).argmax(1) == y).float().mean().item()
+        assert averaged.evaluate(model) == pytest.approx(expected)
+        assert averaged.evaluate(model) != plain.evaluate(model)
 
     def test_label_smoothing_reaches_the_loss(self) -> None:
         task = make_task(options=Options(label_smoothing=0.2))

@@ -3,7 +3,7 @@
 data    digits (scikit-learn, embedded) | fashion-mnist (the system package dataset-fashion-mnist, a folder of its four
         idx files, or torchvision's download) | cifar10 (a folder of train.parquet and test.parquet in the hub's
         schema, or the hub)
-model   cnn (conv 3x3 to 32 channels, ReLU, 2x2 pool, linear) | resnet9 | resnet18
+model   cnn | resnet9 | airbench | resnet18: see `image_networks`
 loss    cross-entropy
 metric  accuracy on held-out images in percent, higher is better
 """
@@ -12,7 +12,7 @@ import gzip
 import importlib.util
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.errors import DataError, MissingExtraError
+from halfstep.tasks.image_networks import MODELS, PatchWhitening
 from halfstep.training import Count, Metric, Positive, Share, TrainSettings
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
@@ -34,10 +35,11 @@ class Options:
 
     dataset: Literal["digits", "fashion-mnist", "cifar10"] = "digits"
     data: str = ""  # a folder; "" means where the data set usually is
-    model: Literal["cnn", "resnet9", "resnet18"] = "cnn"
-    width: Count = 64  # channels of a ResNet's first stage
+    model: Literal["cnn", "resnet9", "airbench", "resnet18"] = "cnn"
+    width: Count = 64  # channels of the first stage
     augment: bool = False  # shift by up to 2 pixels, flip left-right every other epoch
     flip_average: bool = False  # average the prediction over the image and its mirror image
+    shift_average: bool = False  # and over both shifted by a pixel, up and left, and down and right, which count half
     label_smoothing: Share = 0.0
     margin: Positive = 0.5  # percentage points
 
@@ -162,117 +164,6 @@ READERS: dict[str, Callable[[str], Images]] = {
 }
 
 
-def build_cnn(channels: int, size: int, classes: int, _: int) -> nn.Module:
-    """The convolution-pool-linear network that tutorials start with."""
-    return nn.Sequential(
-        nn.Conv2d(channels, 32, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * ((size - 2) // 2) ** 2, classes),
-    )
-
-
-def _conv(inputs: int, outputs: int, stride: int = 1, *, pool: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(outputs), nn.GELU())
-
-
-class Residual(nn.Module):
-    """after(body(x) + shortcut(x))."""
-
-    def __init__(self, body: nn.Module, shortcut: nn.Module, after: nn.Module) -> None:
-        super().__init__()
-        self.body, self.shortcut, self.after = body, shortcut, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.after(self.body(x) + self.shortcut(x))
-        return y
-
-
-class PatchWhitening(nn.Conv2d):
-    """A 2x2 convolution that makes the numbers of a patch uncorrelated and of unit variance; its filters are not trained.
-
-    The filters are the eigenvectors of the patches' covariance, each over the root of its eigenvalue, and their negatives.
-    Page 2019, "How to train your ResNet 8: bag of tricks"; Jordan 2024 (arXiv 2404.00498), section 3.2.
-    """
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__(channels, 8 * channels, 2, padding=int(size < 16))
-        self.weight.requires_grad_(False)
-        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def fit(self, images: Tensor, eps: float = 5e-4) -> None:
-        """Take the filters from [count, channels, height, width] images."""
-        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4 * images.shape[1])
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + eps).sqrt()).T.reshape(-1, images.shape[1], 2, 2)
-        self.weight.copy_(torch.cat([filters, -filters]))
-
-
-class Scale(nn.Module):
-    """A constant factor."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-def build_resnet9(channels: int, size: int, classes: int, width: int) -> nn.Module:
-    """Nine layers: a whitening stem, then three stages that convolve, pool at once and end in a residual block.
-
-    Pooling right after the first convolution of a stage costs a third of what Page's ResNet-9 of the same width costs. The
-    logits are scaled down, so that a large learning rate does not saturate the softmax.
-    """
-
-    def block(channels: int, layers: int) -> Residual:
-        return Residual(
-            nn.Sequential(*[_conv(channels, channels) for _ in range(layers)]), nn.Identity(), nn.Identity()
-        )
-
-    w = width
-    return nn.Sequential(
-        PatchWhitening(channels, size),
-        nn.GELU(),
-        *(_conv(8 * channels, w, pool=True), block(w, 1)),
-        *(_conv(w, 4 * w, pool=True), block(4 * w, 1)),
-        *(_conv(4 * w, 4 * w, pool=True), block(4 * w, 2)),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4 * w, classes, bias=False),
-        Scale(1 / 8),
-    )
-
-
-def build_resnet18(channels: int, _size: int, classes: int, width: int) -> nn.Module:
-    """He et al. 2015, with the 3x3 stem that 32x32 images ask for (section 4.2)."""
-
-    def block(inputs: int, outputs: int, stride: int) -> Residual:
-        body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        same = stride == 1 and inputs == outputs
-        cut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        return Residual(body, nn.Identity() if same else cut, nn.ReLU())
-
-    w = width
-    stages = [block(w, w, 1), block(w, w, 1)]
-    for narrow in (w, 2 * w, 4 * w):
-        stages += [block(narrow, 2 * narrow, 2), block(2 * narrow, 2 * narrow, 1)]
-    stem = nn.Sequential(nn.Conv2d(channels, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU())
-    return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * w, classes))
-
-
-MODELS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
-    "cnn": build_cnn, "resnet9": build_resnet9, "resnet18": build_resnet18,
-}  # fmt: skip
-
-
 class ImageClassification:
     """The task; see the head of this module."""
 
@@ -321,11 +212,20 @@ class ImageClassification:
         right = 0
         for x, y in zip(self.images.held_out.split(500), self.images.held_out_labels.split(500), strict=True):
             x, y = x.to(self.device), y.to(self.device)
-            logits = model(x).float()
-            if self.options.flip_average:
-                logits = logits.softmax(1) + model(x.flip(3)).float().softmax(1)
-            right += int((logits.argmax(1) == y).sum())
+            scores = sum(share * model(view).float().softmax(1) for view, share in self._look(x))
+            right += int((scores.argmax(1) == y).sum())
         return 100 * right / len(self.images.held_out)
+
+    def _look(self, x: Tensor) -> Iterator[tuple[Tensor, float]]:
+        """The views of a batch that a prediction is averaged over, each with its weight."""
+        views = [(x, 1.0)]
+        if self.options.shift_average:
+            padded = F.pad(x, [1] * 4, mode="reflect")
+            views += [(padded[:, :, :-2, :-2], 0.5), (padded[:, :, 2:, 2:], 0.5)]
+        for view, share in views:
+            yield view, share
+            if self.options.flip_average:
+                yield view.flip(3), share
 
 
 def augment(x: Tensor, mirrored: Tensor, noise: torch.Generator, pad: int = 2) -> Tensor:
