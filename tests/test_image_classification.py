@@ -216,6 +216,20 @@ def test_the_seed_decides_the_initial_weights() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_early_images_are_small_and_later_ones_are_as_they_were() -> None:
+    plain, small = (
+        ImageClassification(Options(**extra), TrainSettings(steps=10, batch_size=3))  # type: ignore[arg-type]
+        for extra in ({}, {"early_size": 6, "early_share": 0.4})
+    )
+    for step in (1, 4, 5, 10):
+        expected, found = plain.make_batch(step)[0], small.make_batch(step)[0]
+        if step > 4:
+            assert torch.equal(found, expected)
+        else:
+            assert found.shape == (3, 1, 6, 6)
+            torch.testing.assert_close(found.mean((2, 3)), expected.mean((2, 3)), rtol=0, atol=0.15)
+
+
 def find_shifts(image: Tensor, result: Tensor, pad: int) -> list[tuple[int, int, bool]]:
     """Slow reference: every (rows, columns, mirrored) that turns the image into the result."""
     size = image.shape[-1]

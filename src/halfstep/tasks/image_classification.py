@@ -15,11 +15,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from halfstep.errors import DataError, MissingExtraError
@@ -38,6 +39,10 @@ class Options:
     model: Literal["cnn", "resnet9", "airbench", "resnet18"] = "cnn"
     width: Count = 64  # channels of the first stage
     augment: bool = False  # shift by up to 2 pixels, flip left-right every other epoch
+    early_size: Annotated[int, Field(ge=0)] = (
+        0  # images have this many points a side in early steps, which are cheaper so
+    )
+    early_share: Share = 0.0  # of the steps that are early
     flip_average: bool = False  # average the prediction over the image and its mirror image
     shift_average: bool = False  # and over both shifted by a pixel, up and left, and down and right, which count half
     label_smoothing: Share = 0.0
@@ -202,6 +207,8 @@ class ImageClassification:
             first = torch.rand(count, generator=torch.Generator().manual_seed(-1 - self.settings.seed)) < 0.5
             mirrored = first[chosen] ^ bool(epoch % 2)
             x = augment(x, mirrored, torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step))
+        if self.options.early_size and step <= self.options.early_share * self.settings.steps:
+            x = F.interpolate(x, size=(self.options.early_size,) * 2, mode="bilinear", antialias=True)
         return x.to(self.device), y.to(self.device)
 
     def measure_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
