@@ -33,7 +33,7 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
             "--arms",
             EIGHT_BITS,
             "--seeds",
-            "16",  # six decide in every second comparison (docs/experiments.md)
+            "12",  # six decide in every second comparison (docs/experiments.md)
             "--steps",
             "60",
             "--set",
