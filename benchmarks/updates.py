@@ -12,6 +12,14 @@ the same round: a ratio says what a busy machine does not. Times are of the thre
     ..., loop                     the same with the bits of torch's loop (fused=None) in place of its fused kernels'
     split, chunks                 as without kernels: widened, stepped by torch, narrowed
     none                          bf16 weights without a master, stepped by torch's fused AdamW in bf16
+
+Many small tensors: the same with 300 tensors of 4 Ki numbers, where calls cost as much as arithmetic.
+
+Rows: a table of 200,000 rows of 64 numbers, of which a batch of 2048 looks up 4 each, by SparseAdam, Adagrad and SGD:
+
+    torch           torch's own, on an fp32 table
+    wide, split     halfstep: an fp32 table; bf16 behind a split master, with a bf16 gradient
+    split, torch    as without kernels: rows are widened, stepped by torch, narrowed
 """
 
 import argparse
@@ -21,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +43,8 @@ from halfstep.numerics.updates import KERNELS
 
 ROOT = Path(__file__).parent.parent
 TENSORS = 16
+SMALL = (300, 4096)  # tensors, numbers of each
+TABLE, LOOKUPS = (200_000, 64), 2048 * 4
 BASE = "torch fused"
 TORCH: dict[str, dict[str, bool]] = {
     BASE: {"fused": True}, "torch loop": {"foreach": False, "fused": False}, "torch foreach": {"foreach": True}
@@ -46,9 +57,9 @@ OURS: dict[str, tuple[str, bool, bool]] = {  # master, torch's fused bits, in on
 Step = Callable[[], float]
 
 
-def build_torch(start: Tensor, options: dict[str, bool]) -> Step:
+def build_torch(start: Tensor, tensors: int, options: dict[str, bool]) -> Step:
     """Seconds of one step, whatever clock `read_clock` is."""
-    params = [nn.Parameter(part.clone()) for part in start.chunk(TENSORS)]
+    params = [nn.Parameter(part.clone()) for part in start.chunk(tensors)]
     optimizer = torch.optim.AdamW(params, lr=1e-4, foreach=options.get("foreach"), fused=options.get("fused"))
     for parameter in params:
         parameter.grad = torch.randn_like(parameter)
@@ -61,8 +72,8 @@ def build_torch(start: Tensor, options: dict[str, bool]) -> Step:
     return step
 
 
-def build_ours(start: Tensor, master: str, *, fused: bool, in_one_pass: bool) -> Step:
-    params, masters = [nn.Parameter(part.clone()) for part in start.chunk(TENSORS)], MasterWeights(fused=in_one_pass)
+def build_ours(start: Tensor, tensors: int, master: str, *, fused: bool, in_one_pass: bool) -> Step:
+    params, masters = [nn.Parameter(part.clone()) for part in start.chunk(tensors)], MasterWeights(fused=in_one_pass)
     for parameter in params if master else []:
         masters.narrow(parameter, torch.bfloat16, master)
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=fused)
@@ -81,34 +92,86 @@ def read_clock() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def measure(size: int, threads: int, rounds: int) -> dict[str, Any]:
+def measure(size: int, threads: int, rounds: int, tensors: int = TENSORS) -> dict[str, Any]:
     """Nanoseconds a parameter and ratios to torch's fused AdamW of the same round."""
     torch.set_num_threads(threads)
     start = torch.randn(size)
-    arms = {name: build_torch(start, options) for name, options in TORCH.items()}
+    arms = {name: build_torch(start, tensors, options) for name, options in TORCH.items()}
     for name, (master, fused, in_one_pass) in OURS.items():
-        arms[name] = build_ours(start, master, fused=fused, in_one_pass=in_one_pass)
+        arms[name] = build_ours(start, tensors, master, fused=fused, in_one_pass=in_one_pass)
+    return compare(arms, BASE, rounds, 1e9 / size, "ns")
+
+
+ROW_KINDS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SparseAdam": lambda params: torch.optim.SparseAdam(params, lr=1e-4),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-4),
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-4),
+}
+
+
+def build_rows(kind: str, master: str, *, by_torch: bool, in_one_pass: bool = True) -> Step:
+    table, masters = nn.Parameter(torch.randn(TABLE)), MasterWeights(fused=in_one_pass)
+    if master:
+        masters.narrow(table, torch.bfloat16, master)
+    optimizer = ROW_KINDS[kind]([table])
+    noise = torch.Generator().manual_seed(0)
+
+    def step() -> float:
+        numbers, values = torch.randint(TABLE[0], (1, LOOKUPS), generator=noise), torch.randn(LOOKUPS, TABLE[1])
+        gradient = torch.sparse_coo_tensor(numbers, values.to(table.dtype), TABLE, check_invariants=False)
+        begun = read_clock()
+        if by_torch:
+            table.grad = gradient
+            optimizer.step()
+        else:
+            masters.step(optimizer, {table: gradient}, 0.999 if master else 1.0)
+        return read_clock() - begun
+
+    return step
+
+
+def measure_table(kind: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Microseconds of an update and ratios to torch's own of the same round."""
+    torch.set_num_threads(threads)
+    arms = {
+        "torch": build_rows(kind, "", by_torch=True), "wide": build_rows(kind, "", by_torch=False),
+        "split": build_rows(kind, "split", by_torch=False),
+        "split, torch": build_rows(kind, "split", by_torch=False, in_one_pass=False),
+    }  # fmt: skip
+    return compare(arms, "torch", rounds, 1e6, "us")
+
+
+def compare(arms: dict[str, Step], base: str, rounds: int, unit: float, name_of_unit: str) -> dict[str, Any]:
+    """Arms take turns; times in a unit, and ratios to those of `base` in the same round."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 2):
         for name, step in arms.items():
             seconds = step()
             if turn >= 2:
-                times[name].append(1e9 * seconds / size)
+                times[name].append(unit * seconds)
     found = {}
     for name, spans in times.items():
-        ratios = [ours / base for ours, base in zip(spans, times[BASE], strict=True)]
+        ratios = [ours / base for ours, base in zip(spans, times[base], strict=True)]
         found[name] = {
-            "ns": round(statistics.median(spans), 3), "ns_least": round(min(spans), 3),
+            name_of_unit: round(statistics.median(spans), 3), f"{name_of_unit}_least": round(min(spans), 3),
             "ratio": round(statistics.median(ratios), 3),
             "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
         }  # fmt: skip
     return found
 
 
+def measure_key(
+    report: dict[str, Any], name: str, threads: int, rounds: int, measure_one: Callable[..., dict[str, Any]], what: Any
+) -> None:
+    key = f"{name}, {threads} thread{'s' * (threads > 1)}"
+    report[key] = {"rounds": rounds, "load": read_load()} | measure_one(what, threads, rounds)
+    print(key, {arm: found["ratio"] for arm, found in report[key].items() if isinstance(found, dict)}, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="at 1 Mi parameters; fewer for more")
-    parser.add_argument("--mebi", type=int, nargs="+", default=[1, 4, 16], help="Mi parameters")
+    parser.add_argument("--mebi", type=int, nargs="*", default=[1, 4, 16], help="Mi parameters")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "updates.json")
     options = parser.parse_args()
@@ -117,14 +180,17 @@ def main() -> None:
         "machine": name_machine(), "torch": torch.__version__, "kernels": KERNELS.describe(), "load_before": read_load(),
         "clock": "thread time for one thread, else wall time",
     }  # fmt: skip
+    torch.sparse.check_sparse_tensor_invariants.disable()  # torch's default, said aloud
     with tune_process():
         for threads in options.threads:
             for mebi in options.mebi:
                 rounds = max(7, options.rounds // mebi) if mebi > 1 else options.rounds
-                key = f"{mebi} Mi, {threads} thread{'s' * (threads > 1)}"
-                report[key] = {"rounds": rounds, "load": read_load()} | measure(mebi << 20, threads, rounds)
-                ratios = {name: found["ratio"] for name, found in report[key].items() if isinstance(found, dict)}
-                print(key, ratios, flush=True)
+                measure_key(report, f"{mebi} Mi", threads, rounds, measure, mebi << 20)
+            tensors, numbers = SMALL
+            name = f"{tensors} tensors of {numbers}"
+            measure_key(report, name, threads, options.rounds, partial(measure, tensors=tensors), tensors * numbers)
+            for kind in ROW_KINDS:
+                measure_key(report, f"rows, {kind}", threads, options.rounds, measure_table, kind)
     text = ",\n".join(json.dumps({key: value})[1:-1] for key, value in report.items())
     options.out.write_text("{" + text + "}\n", encoding="utf-8")
 

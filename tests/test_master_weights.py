@@ -15,6 +15,7 @@ from halfstep.conversion import convert
 from halfstep.errors import UnsupportedError
 from halfstep.mechanisms import master_weights
 from halfstep.mechanisms.master_weights import DENSE, PARAMETERWISE, WAYS, MasterWeights
+from halfstep.numerics import truths
 from halfstep.numerics.movement import ELEMENTWISE
 from halfstep.numerics.words import split_slowly
 from halfstep.plan import Plan
@@ -478,7 +479,7 @@ def test_result_does_not_depend_on_chunks_blocks_or_memory_format(kind: str, mon
         (700, 128, torch.channels_last),
     ]:
         monkeypatch.setattr(master_weights, "CHUNK", chunk)
-        monkeypatch.setattr(master_weights, "BLOCK", block)
+        monkeypatch.setattr(truths, "BLOCK", block)
         params, masters = [nn.Parameter(s.clone(memory_format=format)) for s in starts], MasterWeights(seed=1)
         for parameter in params:
             masters.narrow(parameter, torch.bfloat16, kind)

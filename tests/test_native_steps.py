@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from halfstep.mechanisms.master_weights import MasterWeights
 from halfstep.numerics import native_steps
+from halfstep.numerics.movement import Watch
 from halfstep.numerics.updates import KERNELS
 from halfstep.stepper import prepare
 from helpers import bits, make_mlp, seeded
@@ -140,6 +141,21 @@ def test_watched_steps_give_the_same_bits_and_the_records_of_torchs(name: str, k
     assert stalls[0] == () and len(stalls[1]) == 1
     if "fused" not in name:
         assert stalls[1] == stalls[2]
+
+
+def test_a_watched_step_holds_no_wide_weight_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    inner = Watch.judge
+
+    def judge(watch: Watch) -> tuple[Any, ...]:
+        held.extend(parameter.numel() for parameter in watch._seen)
+        return inner(watch)
+
+    monkeypatch.setattr(Watch, "judge", judge)
+    params = parameters()
+    masters = narrow(MasterWeights(), params, "split")
+    masters.step(AdamW(params), dict(zip(params, next(gradients(1)), strict=True)), watch=True)
+    assert held == [0] * len(params)
 
 
 @kinds
@@ -279,15 +295,36 @@ def test_gradients_stay_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     inner = native_steps.run_adam
 
-    def note(functions: Any, weight: Any, gradient: Tensor, *rest: Any) -> None:
-        seen.append(gradient.dtype)
-        inner(functions, weight, gradient, *rest)
+    def note(functions: Any, group: Any, step: Any) -> None:
+        seen.extend(gradient.dtype for _, gradient, *_ in group)
+        inner(functions, group, step)
 
     monkeypatch.setattr(native_steps, "run_adam", note)
     masters, params = MasterWeights(), [nn.Parameter(torch.ones(8))]
     masters.narrow(params[0], torch.bfloat16, "split")
     masters.step(AdamW(params), {params[0]: torch.ones(8, dtype=torch.bfloat16)}, 0.5)
     assert seen == [torch.bfloat16]
+
+
+def test_a_group_is_one_call_and_parameters_of_another_age_are_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    inner = native_steps.run_adam
+
+    def note(functions: Any, group: Any, step: Any) -> None:
+        calls.append(len(group))
+        inner(functions, group, step)
+
+    monkeypatch.setattr(native_steps, "run_adam", note)
+    found = []
+    for fused in (True, False):
+        params, masters = parameters(), MasterWeights(fused=fused)
+        optimizer = build("AdamW", params)
+        for turn, fresh in enumerate(gradients(3)):  # two parameters have no gradient at first
+            given = list(zip(params, fresh, strict=True))[2 if turn == 0 else 0 :]
+            masters.step(optimizer, dict(given))
+        found.append([p.detach() for p in params])
+    assert calls == [4, 4, 2, 4, 2] or calls == [4, 2, 4, 2, 4]
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*found, strict=True))
 
 
 def test_versions_of_fp32_weights_move_so_that_kept_casts_are_made_anew() -> None:

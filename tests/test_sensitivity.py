@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from halfstep.control.sensitivity import (
 )
 from halfstep.conversion import convert
 from halfstep.machine.hardware import Stopwatch
+from halfstep.numerics import rows
+from halfstep.numerics.kernels import Library
 from halfstep.plan import Plan
 from halfstep.records import Measurement
 from helpers import assert_same, copy_weights, make_cnn, make_mlp, make_profile, seeded
@@ -121,12 +124,16 @@ def test_layers_that_cannot_be_timed_leave_the_choice_to_the_trial(
         assert [record.storage for record in conversion.describe()] == [storage, "fp32"]
 
 
-def test_tables_with_sparse_gradients_keep_fp32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+def test_tables_with_sparse_gradients_keep_fp32_weights_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, kernels: bool
+) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
+    monkeypatch.setattr(rows.KERNELS, "library", Library(ctypes.CDLL(None) if kernels else None, "by hand"))
     model = nn.Sequential(nn.Embedding(5, 8, sparse=True), nn.Linear(8, 2))
     plan = choose_plan(model, (torch.arange(4),), profile=make_profile("native")).plan
     with convert(model, plan) as conversion:
-        assert [record.storage for record in conversion.describe()] == ["fp32", "bf16"]
+        assert [record.storage for record in conversion.describe()] == ["bf16" if kernels else "fp32", "bf16"]
 
 
 def test_fp16_brings_a_dynamic_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:

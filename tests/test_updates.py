@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfstep.numerics import kernels, updates
+from halfstep.numerics import kernels, rows, updates
 from halfstep.numerics.updates import BEGINS, COPY, GOES_ON, NONE, SPLIT, WIDE, AdamStep, SgdStep, Weight, lie_alike
 from halfstep.numerics.words import join, split
 from helpers import bits, seeded
@@ -245,7 +245,7 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
     text = updates.KERNELS.source.read_text("utf-8")
     for before, after in (
         ("fmaf(a.second * g, g, v * a.kept)", "a.second * g * g + v * a.kept"),
-        ("(word + 0x8000) >> 16", "word >> 16"),
+        ("a.step * m / (root", "m / (root"),
         ("fmaf(s.step, g, w)", "w + s.step * g"),
     ):
         assert text.count(before) == 1
@@ -253,3 +253,42 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(updates.KERNELS, "source", tmp_path / "updates.c")
         library = updates.KERNELS.find(tmp_path)
         assert library.functions is None and "does not compute what" in library.why
+
+
+def test_weights_that_are_split_otherwise_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    if updates.KERNELS.library.functions is None:
+        pytest.skip("no kernels here")
+    text = kernels.HEADER.read_text("utf-8")
+    assert text.count("(word + 0x8000) >> 16") == 1
+    (tmp_path / "kernels.h").write_text(text.replace("(word + 0x8000) >> 16", "word >> 16"), "utf-8")
+    monkeypatch.setattr(kernels, "HEADER", tmp_path / "kernels.h")
+    monkeypatch.setattr(kernels, "TRIES", (("-march=native",),))
+    for found in (updates.KERNELS, rows.KERNELS):
+        (tmp_path / found.source.name).write_text(found.source.read_text("utf-8"), "utf-8")
+        monkeypatch.setattr(found, "source", tmp_path / found.source.name)
+        library = found.find(tmp_path)
+        assert library.functions is None and "does not compute what" in library.why
+
+
+def test_a_group_of_many_sizes_is_shared_out_whole() -> None:
+    functions = updates.KERNELS.library.functions
+    if functions is None:
+        pytest.skip("no kernels here")
+    step = AdamStep.of(lr=0.02, betas=(0.9, 0.99), eps=1e-6, decay=0.1, decoupled=True, count=1)
+    for sizes in ([0, 1, 70_000, 0, 0, 3, 1024, 1025, 0], [0], [0, 0, 5], [40_000] * 3, [2] * 400, [64] * 900):
+        groups = []
+        for _ in range(2):
+            parts = [draw(size, 1, torch.float32, seed=i) for i, size in enumerate(sizes)]
+            steps = torch.zeros(len(sizes)).unbind()
+            groups.append(
+                [
+                    (Weight(w), g, torch.zeros_like(w), torch.zeros_like(w), n)
+                    for (w, (g,)), n in zip(parts, steps, strict=True)
+                ]
+            )
+        updates.run_adam(functions, groups[0], step)
+        for weight, gradient, exp_avg, exp_avg_sq, _ in groups[1]:
+            updates.update_adam_slowly(weight, gradient, exp_avg, exp_avg_sq, step)
+        for ours, theirs in zip(*groups, strict=True):
+            assert torch.equal(ours[0].live, theirs[0].live) and torch.equal(ours[2], theirs[2])
+            assert torch.equal(ours[3], theirs[3]) and ours[4].item() == 1

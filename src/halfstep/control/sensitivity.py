@@ -32,6 +32,7 @@ from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
 from halfstep.machine.runtime import release_memory
 from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import find_kind
+from halfstep.numerics import rows
 from halfstep.plan import Plan, Rule, Settings
 from halfstep.records import Capability, HardwareProfile, HarmRecord, SavedRecord
 
@@ -354,16 +355,20 @@ def _is_fast_somewhere(capability: Capability | None) -> bool:
 
 
 def _keep_sparse_tables(model: nn.Module, plan: Plan) -> Plan:
-    """Tables with sparse gradients keep fp32 weights: an update of a few rows costs more behind a master than it reads less."""
-    if all(rule.compute == "fp32" for rule in plan.rules):
+    """Tables with sparse gradients keep fp32 weights where rows are not updated in one pass: to widen, step and narrow a few of
+    them costs more than a table in 16 bits reads less."""
+    formats = {rule.compute for rule in plan.rules}
+    if formats == {"fp32"}:
         return plan
+    in_one_pass = rows.KERNELS.library.functions is not None and "fp16" not in formats
     why, ruled = "sparse gradients: rows of an fp32 table are updated in place", {rule.path for rule in plan.rules}
-    rules = [
+    kept = [
         Rule(path=path, storage="fp32", master="none", why=why)
         for path, module in model.named_modules()
         if getattr(module, "sparse", False) and find_kind(module) == "embedding" and path not in ruled
+        if not (in_one_pass and all(parameter.is_cpu for parameter in module.parameters()))
     ]
-    return replace(plan, rules=(*rules, *plan.rules))
+    return replace(plan, rules=(*kept, *plan.rules))
 
 
 def _follow_ties(model: nn.Module, plan: Plan) -> Plan:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from halfstep.numerics.rows import measure_norms
+
 
 def measure_norm(gradients: Iterable[Tensor], losses: Iterable[Tensor] = ()) -> tuple[float, list[float]]:
     """2-norm over all gradients, accumulated in fp32, and the losses; one number a tensor, read back at once.
@@ -18,9 +20,13 @@ def measure_norm(gradients: Iterable[Tensor], losses: Iterable[Tensor] = ()) -> 
         >>> measure_norm([torch.tensor([3.0]), torch.tensor([4.0])], [torch.tensor(2.0)])
         (5.0, [2.0])
     """
-    dense = [take_values(gradient) for gradient in gradients]
+    given = list(gradients)
+    sparse = [gradient for gradient in given if gradient.is_sparse]
+    by_rows = measure_norms(sparse) if sparse else None  # without adding up rows that occur twice in memory
+    dense = [take_values(gradient) for gradient in given if by_rows is None or not gradient.is_sparse]
     wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in dense) else torch.float32
     norms = list(torch._foreach_norm(dense, 2, dtype=wide)) if dense else []
+    norms += [] if by_rows is None else by_rows.to(wide).unbind()
     scalars = [loss.detach().reshape(()).to(wide) for loss in losses]
     if not norms and not scalars:
         return 0.0, []

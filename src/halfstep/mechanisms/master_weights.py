@@ -8,64 +8,46 @@ optimizer does to it what it always does, and it is narrowed again:
 The optimizer sees ordinary fp32 parameters with fp32 gradients, so its states are fp32 and any optimizer will do. Only
 one chunk is wide at a time; optimizers skip parameters that have no gradient, which is how a step is confined to it.
 
-An optimizer that is known to find its parameters in its groups, and their states under them, is given a stand-in for each
-wide parameter. Any other works on the parameter itself, whose data is wide for the time of the step. Both give the same
-bits; but torch drops the node that accumulates a parameter's gradient, and the hooks that others have put there, when its
-data changes dtype. DistributedDataParallel is such another: it would go on without averaging.
-
-Five ways to keep the truth, each of them a way to read an fp32 word and to write it back:
-
-    fp32         a second, fp32 tensor                        2 + 4 bytes a weight    24 significant bits, exact
-    split        the 16 bits that bf16 lacks                  2 + 2                   24, exact
-    kahan        a bf16 compensation                          2 + 2                   17 at least
-    split24      8 of the 16 bits that bf16 lacks             2 + 1                   16
-    stochastic   nothing; updates are rounded stochastically  2                       8, and 24 in the mean
-
-`numerics.words` defines them to the bit. What is read and written back without an update in between is the same pair
-again, so a state dict of fp32 values restores every one of them bit for bit. All but `fp32` need bf16: fp16 is not a prefix
-of fp32, and its range ends where a compensation 2^11 times smaller than its weight begins.
-
-`kahan` keeps the state of Kahan summation: weight and running compensation. Zamirai et al. take the compensation into the
-update and round the sum into the weight; here the optimizer works on the compensated weight in fp32 and the result is split
-again: the same recursion with fewer roundings, in which weight decay sees the compensated weight.
+`numerics.truths` holds the ways to keep the truth, `numerics.openings` what an optimizer finds in a narrow parameter's place.
 
 One pass: where AdamW, Adam or SGD is stepped on the processor, nothing is widened. Parameters behind `split`, behind `fp32` with
 bf16, and those that are fp32 anyway are read, updated and written in one pass over memory (`numerics.native_steps` says which
 and why not others), with the gradient in the bits it came in. It is the same update, to the bit that torch's own would give.
 
-Rows: where a gradient is sparse and the optimizer works row by row, only the rows that have a gradient are widened, updated
-and narrowed again, with their rows of the optimizer's states.
-
-Sources: Kalamkar et al. 2019 (arXiv 1905.12322), split SGD; Micikevicius et al. 2018, section 3.1, master weights;
-Zamirai et al. 2020 (arXiv 2010.06192), stochastic rounding and Kahan summation for bf16 weights.
+Rows: where a gradient is sparse, SparseAdam, Adagrad and SGD read, update and write the rows that it names in the same way
+(`numerics.native_rows`). Behind other masters those rows are widened, stepped by torch and narrowed again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.errors import UnsupportedError
+from halfstep.numerics import rows, updates
 from halfstep.numerics.movement import ELEMENTWISE, FORMAT_NAMES, Watch
-from halfstep.numerics.native_steps import find_group_reason, find_reason, step_natively
-from halfstep.numerics.noise import derive_keys, draw_noise, draw_noise_at
-from halfstep.numerics.updates import KERNELS, Weight
-from halfstep.numerics.words import (
-    apply_compensation,
-    compensate,
-    join,
-    join24,
-    round_stochastically,
-    split,
-    split24,
+from halfstep.numerics.native_rows import find_rows_reason, step_rows
+from halfstep.numerics.native_steps import Job, find_group_reason, find_reason, step_natively
+from halfstep.numerics.noise import derive_keys
+from halfstep.numerics.openings import (
+    Opened,
+    Places,
+    look_before,
+    match_states,
+    open_rows,
+    open_whole,
+    open_wide,
 )
+from halfstep.numerics.truths import WAYS, Truth, show
+from halfstep.numerics.updates import Weight
 from halfstep.records import Stall
 
+__all__ = ["WAYS", "MasterWeights", "match_states"]
+
 CHUNK = 1 << 20  # parameters that are wide at once: 8 MB of weights and gradients
-BLOCK = 1 << 16  # weights that are narrowed at once: a few buffers of them fit into a core's second-level cache
 
 ONE_PASS = ("split", "fp32")  # kinds behind bf16 whose update may take one pass over memory
 
@@ -79,252 +61,11 @@ BY_ROWS = {torch.optim.SparseAdam, torch.optim.Adagrad, torch.optim.SGD}
 """Optimizers that take sparse gradients and treat rows one by one; SGD without momentum."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to keep fp32 values: what stands beside the live weight, how it is read, how it is written at nearest."""
-
-    kept: torch.dtype | None
-    read: Callable[[Tensor, Tensor], Tensor]  # live, kept -> fp32
-    write: Callable[[Tensor, Tensor, Tensor], None]  # fp32, used up; live and kept, written to
-    why_bf16: str = ""  # why it takes no other live weight; empty where it does
-
-
-def _copy_both(weight: Tensor, live: Tensor, kept: Tensor) -> None:
-    if kept.data_ptr() != weight.data_ptr():  # `read` hands out the kept tensor itself
-        kept.copy_(weight)
-    live.copy_(weight)
-
-
-def _round_live(weight: Tensor, live: Tensor, _kept: Tensor) -> None:
-    live.copy_(weight)
-
-
-WAYS = {
-    "fp32": Way(torch.float32, lambda live, kept: kept, _copy_both),
-    "split": Way(torch.int16, join, split, "is not a prefix of fp32"),
-    "split24": Way(torch.int8, join24, split24, "is not a prefix of fp32"),
-    "kahan": Way(
-        torch.bfloat16, apply_compensation, compensate, "has no range for a compensation far below its weight"
-    ),
-    "stochastic": Way(None, lambda live, kept: live.to(torch.float32), _round_live, "has no range for small weights"),
-}
-
-
-def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Bring the floating-point states that have a parameter's shape to `dtype`: what the optimizer sees it in."""
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape and key != "step":
-            state[key] = value.to(dtype)
-
-
-@dataclass
-class _Truth:
-    """How one parameter's fp32 value is kept while its live weight is narrow."""
-
-    kind: str
-    number: int  # of the parameter, for its noise
-    live: Tensor
-    kept: Tensor  # what the way keeps beside it; empty where that is nothing
-    version: int = 0  # of the parameter when `live` last became its data
-
-    @staticmethod
-    def of(weight: Tensor, kind: str, number: int, dtype: torch.dtype) -> "_Truth":
-        beside = WAYS[kind].kept
-        kept = torch.empty(0) if beside is None else torch.empty_like(weight, dtype=beside)
-        truth = _Truth(kind, number, torch.empty_like(weight, dtype=dtype), kept)
-        truth.write(weight.clone())
-        return truth
-
-    def read(self) -> Tensor:
-        """The fp32 value; for `fp32` the kept tensor itself."""
-        return WAYS[self.kind].read(self.live, self.kept)
-
-    def write(self, weight: Tensor) -> None:
-        """Take an fp32 tensor over as the new value, rounded to nearest; the tensor is used up."""
-        for _, block, live, kept in self._divide(weight):
-            WAYS[self.kind].write(block, live, kept)
-
-    def update(self, weight: Tensor, keys: tuple[int, int]) -> None:
-        """Take over what an optimizer made of the value; the tensor is used up."""
-        if self.kind != "stochastic":
-            return self.write(weight)
-        for start, block, live, _ in self._divide(weight):
-            noise = draw_noise(keys, start, block.numel(), block.device)
-            live.copy_(round_stochastically(block, noise.view(block.shape)))
-
-    def _divide(self, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """First element, weight, live and kept of blocks that fit into a core's cache, so that many passes over them are
-        cheap; a tensor in another memory format in one piece."""
-        tensors = (weight, *self._tensors())
-        if weight.numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
-            yield 0, *tensors
-            return
-        flat = [tensor.view(-1) for tensor in tensors]
-        for start in range(0, weight.numel(), BLOCK):
-            wide, live, kept = (tensor[start : start + BLOCK] for tensor in flat)
-            yield start, wide, live, kept
-
-    def read_at(self, picks: Tensor) -> Tensor:
-        """The fp32 values of elements by their number."""
-        live, kept = (t.reshape(-1)[picks] for t in self._tensors())
-        return WAYS[self.kind].read(live, kept)
-
-    @property
-    def whole(self) -> "_Truth":
-        return self
-
-    def take_rows(self, rows: Tensor) -> "_Rows":
-        live, kept = (t[rows] for t in self._tensors())
-        return _Rows(self.kind, self.number, live, kept, origin=self, rows=rows)
-
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        """Live and kept, both with the parameter's shape."""
-        return self.live, self.live if WAYS[self.kind].kept is None else self.kept
-
-
-@dataclass(kw_only=True)
-class _Rows(_Truth):
-    """Some rows of a truth; an update goes into the whole."""
-
-    origin: _Truth
-    rows: Tensor
-
-    @property
-    def whole(self) -> _Truth:
-        return self.origin
-
-    def update(self, weight: Tensor, keys: tuple[int, int]) -> None:
-        if self.kind == "stochastic":
-            width = weight[0].numel() if len(weight) else 0
-            element = self.rows[:, None] * width + torch.arange(width, device=weight.device)
-            self.live = round_stochastically(weight, draw_noise_at(keys, element).view(weight.shape))
-        else:
-            self.write(weight)
-            self.whole.kept.index_copy_(0, self.rows, self.kept)
-        self.whole.live.index_copy_(0, self.rows, self.live)
-
-
-def _show(parameter: nn.Parameter, truth: _Truth) -> None:
-    """Let the model see the live weight."""
-    parameter.data = truth.live
-    truth.version = parameter._version
-
-
-Places = Mapping[nn.Parameter, tuple[list[nn.Parameter], int]]  # parameter -> the list of its group, and where there
-
-
 def _find_places(optimizer: Optimizer) -> Places:
     """Where stand-ins may be put; nowhere in an optimizer that may keep its parameters elsewhere too."""
     if type(optimizer) not in PARAMETERWISE:
         return {}
     return {p: (group["params"], i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
-
-
-@contextmanager
-def _substitute(
-    optimizer: Optimizer, places: Places, parameter: nn.Parameter, weight: Tensor
-) -> Iterator[nn.Parameter]:
-    """What the optimizer finds in a parameter's place inside the block: with that weight, and the parameter's states."""
-    if parameter not in places:
-        parameter.data = weight
-        yield parameter
-        return
-    params, index = places[parameter]
-    params[index] = wide = nn.Parameter(weight, requires_grad=parameter.requires_grad)
-    if parameter in optimizer.state:
-        optimizer.state[wide] = optimizer.state.pop(parameter)
-    try:
-        yield wide
-    finally:
-        params[index] = parameter
-        if wide in optimizer.state:
-            optimizer.state[parameter] = optimizer.state.pop(wide)
-
-
-Opened = tuple[nn.Parameter, "_Truth | None"]
-"""What the optimizer finds in a parameter's place, and what that was read from."""
-
-
-@contextmanager
-def _open_wide(parameter: nn.Parameter, gradient: Tensor) -> Iterator[Opened]:
-    parameter.grad = gradient
-    try:
-        yield parameter, None
-    finally:
-        parameter.grad = None
-
-
-@contextmanager
-def _open_whole(
-    optimizer: Optimizer,
-    places: Places,
-    parameter: nn.Parameter,
-    gradient: Tensor,
-    opened: _Truth,
-    keys: tuple[int, int],
-) -> Iterator[Opened]:
-    """`opened` is the parameter's truth, or rows of it."""
-    with _substitute(optimizer, places, parameter, opened.read()) as wide:
-        wide.grad = gradient
-        try:
-            yield wide, opened
-        finally:
-            wide.grad = None
-            opened.update(wide.data, keys)
-            _show(parameter, opened.whole)
-
-
-@contextmanager
-def _open_rows(
-    optimizer: Optimizer,
-    places: Places,
-    parameter: nn.Parameter,
-    gradient: Tensor,
-    truth: _Truth,
-    keys: tuple[int, int],
-) -> Iterator[Opened]:
-    """Rows that have a gradient, as a parameter of their own with their rows of the states.
-
-    States that the optimizer makes now begin as zeros in the other rows, as the optimizers of BY_ROWS make them.
-    """
-    rows, values = gradient.indices()[0], gradient.values()
-    whole = {k: v for k, v in optimizer.state[parameter].items() if _is_like(v, parameter)}
-    optimizer.state[parameter].update({key: value[rows] for key, value in whole.items()})
-    numbers = torch.arange(len(rows), device=rows.device)[None]
-    renumbered = torch.sparse_coo_tensor(numbers, values, values.shape, is_coalesced=True, check_invariants=True)
-    try:
-        with _open_whole(optimizer, places, parameter, renumbered, truth.take_rows(rows), keys) as opened:
-            yield opened
-    finally:
-        state = optimizer.state[parameter]
-        for key in [key for key, value in state.items() if key in whole or _is_like(value, values)]:
-            full = whole.get(key, torch.zeros_like(truth.live, dtype=torch.float32))
-            state[key] = full.index_copy_(0, rows, state[key])
-
-
-def _is_like(value: object, parameter: Tensor) -> bool:
-    """Whether a state is one number for each of the parameter's."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape
-
-
-def _look_before(
-    watcher: Watch,
-    optimizer: Optimizer,
-    places: Places,
-    parameter: nn.Parameter,
-    truth: _Truth | None,
-    gradient: Tensor,
-    factor: float,
-) -> nn.Parameter:
-    """Let the watcher see a parameter as its optimizer would find it; returns what it saw."""
-    storage, kind = (truth.live.dtype, truth.kind) if truth else (parameter.dtype, "none")
-    weight = truth.read() if truth else parameter.detach()
-    with _substitute(optimizer, places, parameter, weight) as seen:
-        seen.grad = gradient.to(torch.float32) * factor
-        watcher.look_before(seen, storage, kind)
-        seen.grad = None
-    return seen
 
 
 def _goes_by_rows(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> bool:
@@ -334,14 +75,16 @@ def _goes_by_rows(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tenso
     return not group.get("momentum")  # SGD's momentum is sparse too, and moves rows of earlier gradients
 
 
-def _require_sparse(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> None:
-    """Raises UnsupportedError where optimizer and gradients do not fit, before anything has moved."""
+def _require_sparse(
+    optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], by_rows: list[nn.Parameter]
+) -> None:
+    """Raises UnsupportedError where optimizer and gradients do not fit, before anything has moved. by_rows: with sparse ones."""
     name = type(optimizer).__name__
-    if type(optimizer) in DENSE and any(gradient.is_sparse for gradient in gradients.values()):
+    if type(optimizer) in DENSE and by_rows:
         raise UnsupportedError(
             f"{name} takes no sparse gradients; use SparseAdam, Adagrad or SGD, or make the embedding with sparse=False"
         )
-    if isinstance(optimizer, torch.optim.SparseAdam) and not all(g.is_sparse for g in gradients.values()):
+    if isinstance(optimizer, torch.optim.SparseAdam) and len(by_rows) < len(gradients):
         raise UnsupportedError(
             "SparseAdam takes only sparse gradients; give the other parameters an optimizer of their own"
         )
@@ -364,7 +107,8 @@ class MasterWeights:
     def __init__(self, seed: int = 0, *, fused: bool = True) -> None:
         self.seed, self.fused = seed, fused
         self.steps = 0  # calls of `step`; each has noise of its own
-        self._truths: dict[nn.Parameter, _Truth] = {}
+        self._truths: dict[nn.Parameter, Truth] = {}
+        self._by_rows: set[nn.Parameter] = set()  # parameters that have had a sparse gradient
         self._narrowed = 0  # parameters that were ever narrowed: the number of the next
 
     def __contains__(self, parameter: object) -> bool:
@@ -402,30 +146,35 @@ class MasterWeights:
         if kind == "none":
             parameter.data = parameter.data.to(dtype)
             return
-        truth = _Truth.of(parameter.data, kind, number, dtype)
+        truth = Truth.of(parameter.data, kind, number, dtype)
         self._truths[parameter] = truth
-        _show(parameter, truth)
+        show(parameter, truth)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The parameter in fp32: its truth where one is kept, else the live weight converted."""
         truth = self._find_truth(parameter)
         return truth.read().clone() if truth else parameter.detach().to(torch.float32)
 
-    def _find_truth(self, parameter: nn.Parameter) -> _Truth | None:
+    def _find_truth(self, parameter: nn.Parameter) -> Truth | None:
         """A parameter's truth. Where somebody has changed the live weight in place (clamped, pruned, initialised again),
         what they wrote is the truth from now on."""
         truth = self._truths.get(parameter)
-        if truth and (truth.version != parameter._version or truth.live.data_ptr() != parameter.data_ptr()):
-            truth.write(parameter.data.to(torch.float32, copy=True))
-            _show(parameter, truth)
+        if truth:
+            self._refresh(parameter, truth)
         return truth
+
+    @staticmethod
+    def _refresh(parameter: nn.Parameter, truth: Truth) -> None:
+        if truth.version != parameter._version or truth.live.data_ptr() != parameter.data_ptr():
+            truth.write(parameter.data.to(torch.float32, copy=True))
+            show(parameter, truth)
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the parameter from an fp32 tensor, truth and live weight, rounded to nearest."""
         if parameter in self._truths:
             wide = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)  # with the parameter's strides
             self._truths[parameter].write(wide.copy_(value.detach()))
-            _show(parameter, self._truths[parameter])
+            show(parameter, self._truths[parameter])
         else:
             parameter.data.copy_(value)
 
@@ -453,13 +202,16 @@ class MasterWeights:
 
         Raises UnsupportedError for a sparse gradient that the optimizer is known to refuse; nothing has moved then.
         """
-        _require_sparse(optimizer, gradients)
+        by_rows = [parameter for parameter, gradient in gradients.items() if gradient.is_sparse]
+        _require_sparse(optimizer, gradients, by_rows)
+        self._by_rows.update(by_rows)
         self.steps += 1
-        watcher, places = Watch(optimizer, gradients) if watch else None, _find_places(optimizer)
+        watcher = Watch(optimizer, gradients) if watch else None
         for parameter in gradients:
             parameter.grad = None
-        if around is None and self._step_in_one_pass(optimizer, places, gradients, factor, watcher):
+        if around is None and self._step_in_one_pass(optimizer, gradients, factor, watcher):
             return watcher.judge() if watcher else ()
+        places = _find_places(optimizer)
         for chunk in self._chunks(optimizer, gradients, wide_too=around is not None):
             opened: list[Opened] = []
             with around(chunk) if around else nullcontext(), ExitStack() as narrowing:
@@ -491,14 +243,14 @@ class MasterWeights:
         if factor != 1.0:
             gradient.mul_(factor)
         if truth is None:
-            return _open_wide(parameter, gradient.to(parameter.dtype))
+            return open_wide(parameter, gradient.to(parameter.dtype))
         if gradient.is_sparse:
             gradient = gradient.coalesce()  # in fp32: sums rows that occur twice
         match_states(optimizer, parameter, torch.float32)
         keys = derive_keys(self.seed, truth.number, self.steps)
         if _goes_by_rows(optimizer, parameter, gradient):
-            return _open_rows(optimizer, places, parameter, gradient, truth, keys)
-        return _open_whole(optimizer, places, parameter, gradient, truth, keys)
+            return open_rows(optimizer, places, parameter, gradient, truth, keys)
+        return open_whole(optimizer, places, parameter, gradient, truth, keys)
 
     def describe_updates(self, optimizer: Optimizer) -> str:
         """What computes an optimizer's updates: "native: ..." with the compiler, or "torch: ..." and the reason; both where it
@@ -512,56 +264,99 @@ class MasterWeights:
         reason = find_reason(optimizer) if self.fused else "fused=False"
         if reason:
             return f"torch: {reason}"
-        reasons = [
-            find_group_reason(group) or self._find_reason(p)
-            for group in optimizer.param_groups
-            for p in group["params"]
-        ]
+        reasons, kernels = [], updates.KERNELS
+        for group in optimizer.param_groups:
+            dense, sparse = find_group_reason(optimizer, group), find_rows_reason(optimizer, group)
+            for p in group["params"]:
+                by_rows = p in self._by_rows or type(optimizer) is torch.optim.SparseAdam
+                reasons.append((sparse if by_rows else dense) or self._find_reason(p, self._truths.get(p)))
+                kernels = rows.KERNELS if by_rows else kernels
         left = [reason for reason in reasons if reason]
         if not left:
-            return KERNELS.describe()
+            return kernels.describe()
         named = "; ".join(dict.fromkeys(left))
         if len(left) == len(reasons):
             return f"torch: {named}"
-        return f"{KERNELS.describe()}; torch for {len(left)} of {len(reasons)} parameters: {named}"
+        return f"{kernels.describe()}; torch for {len(left)} of {len(reasons)} parameters: {named}"
 
-    def _find_reason(self, parameter: nn.Parameter) -> str:
+    @staticmethod
+    def _find_reason(parameter: nn.Parameter, truth: Truth | None) -> str:
         """Why a parameter of a group that has kernels is left to torch; empty where it is not."""
-        truth, dtype = self._truths.get(parameter), parameter.dtype
+        dtype = parameter.dtype
+        if parameter.is_cpu and dtype is (torch.bfloat16 if truth else torch.float32):
+            return (
+                ""
+                if truth is None or truth.kind in ONE_PASS
+                else f"master '{truth.kind}' behind bf16 weights has no kernel"
+            )
         if not parameter.is_cpu:
             return f"weights on {parameter.device.type}"
-        if truth and (truth.kind not in ONE_PASS or dtype != torch.bfloat16):
-            return f"master '{truth.kind}' behind {FORMAT_NAMES.get(dtype, dtype)} weights has no kernel"
-        if not truth and dtype != torch.float32:
-            return f"{FORMAT_NAMES.get(dtype, dtype)} weights without a master have no kernel"
-        return ""
+        name = FORMAT_NAMES.get(dtype, dtype)
+        if truth:
+            return f"master '{truth.kind}' behind {name} weights has no kernel"
+        return f"{name} weights without a master have no kernel"
 
     def _step_in_one_pass(
-        self,
-        optimizer: Optimizer,
-        places: Places,
-        gradients: dict[nn.Parameter, Tensor],
-        factor: float,
-        watcher: Watch | None,
+        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float, watcher: Watch | None
     ) -> bool:
         """Update what can be updated without widening, and take its gradients out; whether that was all."""
         if not self.fused or not gradients or find_reason(optimizer):
             return False
-        for group in [group for group in optimizer.param_groups if not find_group_reason(group)]:
-            for parameter in [p for p in group["params"] if p in gradients and not self._find_reason(p)]:
-                truth, gradient = self._find_truth(parameter), gradients[parameter]
-                if gradient.is_sparse or (truth is None and gradient.dtype != torch.float32):
-                    continue  # without a master the factor rounds a gradient in its own dtype
-                weight = Weight(truth.live, truth.kept) if truth else Weight(parameter.detach())
-                seen = _look_before(watcher, optimizer, places, parameter, truth, gradient, factor) if watcher else None
-                if step_natively(optimizer, group, parameter, weight, gradient, factor):
+        for group in optimizer.param_groups:
+            for step, jobs in zip(
+                (step_natively, step_rows), self._find_jobs(optimizer, group, gradients), strict=True
+            ):
+                if watcher:  # one by one: it sees a wide copy of each
+                    done = [p for job in jobs for p in self._step_watched(step, optimizer, group, job, factor, watcher)]
+                else:
+                    done = step(optimizer, group, jobs, factor) if jobs else []
+                if len(done) == len(gradients):
+                    gradients.clear()
+                for parameter in done if gradients else ():
                     del gradients[parameter]
-                    if watcher and seen is not None:
-                        seen.data = weight.read()
-                        watcher.look_after(seen)
-                elif watcher and seen is not None:
-                    watcher.forget(seen)
         return not gradients
+
+    def _find_jobs(
+        self, optimizer: Optimizer, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor]
+    ) -> tuple[list[Job], list[Job]]:
+        """Parameters of a group that may be updated without widening: those with a dense gradient, and with a sparse one."""
+        dense, by_rows = find_group_reason(optimizer, group), find_rows_reason(optimizer, group)
+        jobs: tuple[list[Job], list[Job]] = [], []
+        for parameter in group["params"]:
+            gradient = gradients.get(parameter)
+            if gradient is None:
+                continue
+            truth, is_sparse = self._truths.get(parameter) if self._truths else None, gradient.is_sparse
+            if (by_rows if is_sparse else dense) or self._find_reason(parameter, truth):
+                continue
+            if truth:
+                self._refresh(parameter, truth)
+                jobs[is_sparse].append((parameter, Weight(truth.live, truth.kept), gradient))
+            elif gradient.dtype is torch.float32:  # without a master the factor rounds a gradient in its own dtype
+                jobs[is_sparse].append((parameter, Weight(parameter), gradient))
+        return jobs
+
+    def _step_watched(
+        self,
+        step: Callable[[Optimizer, dict[str, Any], list[Job], float], list[nn.Parameter]],
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        job: Job,
+        factor: float,
+        watcher: Watch,
+    ) -> list[nn.Parameter]:
+        """The parameter, if it could be updated."""
+        parameter, weight, gradient = job
+        places, truth = _find_places(optimizer), self._truths.get(parameter)
+        seen = look_before(watcher, optimizer, places, parameter, truth, gradient, factor)
+        done = step(optimizer, group, [job], factor)
+        if done:
+            seen.data = weight.read().detach()
+            watcher.look_after(seen)
+            seen.data = seen.data.new_empty(0)  # the watcher holds it to the end of the step
+        else:
+            watcher.forget(seen)
+        return done
 
     @contextmanager
     def widened(self) -> Iterator[None]:
@@ -575,7 +370,7 @@ class MasterWeights:
         finally:
             for parameter, truth in self._truths.items():
                 truth.write(parameter.data)
-                _show(parameter, truth)
+                show(parameter, truth)
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
@@ -583,7 +378,7 @@ class MasterWeights:
         for parameter, truth in self._truths.items():
             parameter.grad = None
             truth.write(parameter.data)
-            _show(parameter, truth)
+            show(parameter, truth)
         try:
             yield
         finally:

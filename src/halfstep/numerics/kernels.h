@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline)) /* for a loop made twice, for fp32 and for bf16: `wide` is a constant */
 
@@ -36,6 +39,62 @@ INLINE float read_number(const void *source, int wide, int64_t i) {
 INLINE void write_number(void *target, int wide, int64_t i, float x) {
     if (wide) ((float *)target)[i] = x;
     else ((uint16_t *)target)[i] = (uint16_t)to_bf16_or_nan(x);
+}
+
+/* A weight as numerics/updates keeps it. `storage` is a constant where these are called, so that loops are free of the choice. */
+enum { WIDE, SPLIT, COPY };
+
+static inline uint32_t as_word(float x) {
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    return word;
+}
+
+INLINE float read_weight(int storage, const void *live, const void *rest, int64_t i) {
+    if (storage == WIDE) return ((const float *)live)[i];
+    if (storage == COPY) return ((const float *)rest)[i];
+    uint32_t word = ((uint32_t)((const uint16_t *)live)[i] << 16) + (uint32_t)(int32_t)((const int16_t *)rest)[i];
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+INLINE void write_weight(int storage, void *live, void *rest, int64_t i, float x) {
+    if (storage == WIDE) {
+        ((float *)live)[i] = x;
+    } else if (storage == SPLIT) {
+        uint32_t word = as_word(x);
+        ((uint16_t *)live)[i] = (uint16_t)((word + 0x8000) >> 16);
+        ((uint16_t *)rest)[i] = (uint16_t)word;
+    } else {
+        ((float *)rest)[i] = x;
+        ((uint16_t *)live)[i] = (uint16_t)to_bf16_or_nan(x);
+    }
+}
+
+/* One call for each way to keep a weight and each width of its gradient. */
+#define EACH(call) \
+    if (storage == WIDE && half) call(WIDE, 1) \
+    else if (storage == WIDE) call(WIDE, 0) \
+    else if (storage == SPLIT && half) call(SPLIT, 1) \
+    else if (storage == SPLIT) call(SPLIT, 0) \
+    else if (half) call(COPY, 1) \
+    else call(COPY, 0)
+
+/* Square roots of `count` numbers: MKL's vmsSqrt, where torch takes them from there. */
+typedef void Roots(int count, const float *x, float *roots, int64_t mode);
+#define MKL_MODE 0x140102 /* high accuracy, subnormals as they are, errors ignored: what ATen/cpu/vml.h asks for */
+
+/* What a thread of a parallel region has of `count` things: [first, end). */
+typedef struct { int64_t first, end; } Share;
+
+static inline Share take_share(int64_t count) {
+#ifdef _OPENMP
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    return (Share){count * thread / threads, count * (thread + 1) / threads};
+#else
+    return (Share){0, count};
+#endif
 }
 
 /* numerics/noise of `count` numbers, an even count from an even start: one hash for two neighbours. */

@@ -1,23 +1,30 @@
-"""Steps of torch's AdamW, Adam and SGD by the kernels of `updates`: what may take that way, and how.
+"""Steps of torch's AdamW, Adam and SGD by the kernels of `updates`: what may take that way, and how. `native_rows` does the same
+for sparse gradients, by those of `rows`.
 
 The optimizer stays the owner of its states and hyperparameters: states are made, named and typed as torch makes them, so that a
 `state_dict()` goes either way. Only the arithmetic is done elsewhere, and it gives torch's bits: those of its loops, or of its
 fused kernels where a group says `fused=True` (`updates` says for which numbers). So an optimizer goes this way only where nobody
 would see that its `step` was not called:
 
-    the type is AdamW, Adam or SGD itself    a subclass may do anything in `step`
+    the type is one of KINDS itself          a subclass may do anything in `step`
     `step` is torch's                        a scheduler's counter around it is told; anything else around it must be called
     no hooks before or after a step          they may look at gradients or change them
     no amsgrad, maximize, differentiable, capturable; numbers as hyperparameters
     fp32 states, gradients in 16 bits or fp32, all dense and in the same order in memory
+
+A kernel is called once for all parameters of a group whose weights are kept alike, whose gradients have the same width, and which
+have taken as many steps: of a model of many small tensors, calls would cost more than the arithmetic.
 """
 
+import ctypes
 import inspect
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim import optimizer as torch_optimizer
 
 from halfstep.numerics.updates import (
@@ -27,11 +34,20 @@ from halfstep.numerics.updates import (
     NONE,
     AdamStep,
     SgdStep,
+    Tensors,
     Weight,
     run_adam,
     run_sgd,
     take,
 )
+
+KINDS = (AdamW, Adam, SGD)
+ROW_KINDS = (SparseAdam, Adagrad, SGD)  # for sparse gradients
+Job = tuple[nn.Parameter, Weight, Tensor]
+"""A parameter, how its value is kept, and its gradient."""
+
+Alike = tuple[torch.dtype | None, torch.dtype, float]
+"""Dtypes of what is kept beside a weight and of its gradient, and the number of its step."""
 
 SWITCHES = ("amsgrad", "maximize", "differentiable", "capturable")
 NUMBERS = ("betas", "eps", "weight_decay", "momentum", "dampening")
@@ -44,7 +60,7 @@ def find_reason(optimizer: Optimizer) -> str:
         >>> find_reason(torch.optim.RMSprop([torch.zeros(1)]))
         'RMSprop has no kernel'
     """
-    if type(optimizer) not in (AdamW, Adam, SGD):
+    if type(optimizer) not in (*KINDS, *ROW_KINDS):
         return f"{type(optimizer).__name__} has no kernel"
     if not _steps_as_torch_does(optimizer):
         return f"{type(optimizer).__name__}.step was replaced"
@@ -54,7 +70,7 @@ def find_reason(optimizer: Optimizer) -> str:
         return "the optimizer has step hooks"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return "a GradScaler has left its scale to the optimizer"
-    return "" if KERNELS.library.functions else KERNELS.library.why
+    return ""
 
 
 def _steps_as_torch_does(optimizer: Optimizer) -> bool:
@@ -64,14 +80,21 @@ def _steps_as_torch_does(optimizer: Optimizer) -> bool:
     return own is None or (hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is kind)
 
 
-def find_group_reason(group: dict[str, Any]) -> str:
-    """Why the parameters of a group are left to torch; empty where they are not.
+def find_group_reason(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    """Why the parameters of a group that have dense gradients are left to torch; empty where they are not.
 
     Examples:
         >>> optimizer = torch.optim.Adam([torch.zeros(1)], amsgrad=True)
-        >>> find_group_reason(optimizer.param_groups[0])
+        >>> find_group_reason(optimizer, optimizer.param_groups[0])
         'amsgrad=True has no kernel'
     """
+    if type(optimizer) not in KINDS:
+        return f"{type(optimizer).__name__} has no kernel for dense gradients"
+    return find_switch(group) or ("" if KERNELS.library.functions else KERNELS.library.why)
+
+
+def find_switch(group: dict[str, Any]) -> str:
+    """What hyperparameters ask for that no kernel does; empty where there is nothing."""
     switched = [name for name in SWITCHES if group.get(name)]
     if switched:
         return f"{switched[0]}=True has no kernel"
@@ -83,44 +106,72 @@ def find_group_reason(group: dict[str, Any]) -> str:
 
 
 def step_natively(
-    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, weight: Weight, gradient: Tensor,
-    factor: float,
-) -> bool:  # fmt: skip
-    """One update of one parameter of a group for which there is no reason against it; False, with nothing done, where its
-    tensors do not fit."""
-    if gradient.layout is torch.strided and gradient.stride() != weight.live.stride():
-        gradient = torch.empty_like(weight.live, dtype=gradient.dtype).copy_(gradient)
-    step_one = _step_sgd if type(optimizer) is SGD else _step_adam
-    if not step_one(optimizer, group, parameter, weight, gradient, factor):
-        return False
-    if weight.rest is None:
-        torch.autograd.graph.increment_version(parameter)  # as an operation in place would have done
+    optimizer: Optimizer, group: dict[str, Any], jobs: Sequence[Job], factor: float
+) -> list[nn.Parameter]:
+    """One update of parameters of a group for which there is no reason against it. Returns those that were updated; with the
+    others, whose tensors do not fit, nothing was done."""
+    functions, step = KERNELS.library.functions, _step_sgd if type(optimizer) is SGD else _step_adam
+    done = step(functions, optimizer, group, jobs, factor) if functions else []
+    note_steps(optimizer, done)
+    return [parameter for parameter, *_ in done]
+
+
+def note_steps(optimizer: Optimizer, jobs: Sequence[Job]) -> None:
+    """What others see of a step of torch's own: that weights changed in place, and what a scheduler's counter notes."""
+    torch.autograd.graph.increment_version([parameter for parameter, weight, _ in jobs if weight.rest is None])
     if "step" in vars(optimizer):
-        optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler's counter notes
-    return True
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _align(weight: Weight, gradient: Tensor, *states: Tensor) -> Tensor | None:
+    """A gradient that lies in memory otherwise than its weight, laid out like it; None where there is no kernel even so."""
+    if gradient.layout is not torch.strided or gradient.stride() == weight.live.stride():
+        return None
+    gradient = torch.empty_like(weight.live, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
+    return gradient if take(weight, gradient, *states) else None
+
+
+def sort_job(weight: Weight, gradient: Tensor, count: float) -> Alike:
+    """What has to be alike in one call of a kernel; count: whatever else its numbers depend on."""
+    return None if weight.rest is None else weight.rest.dtype, gradient.dtype, count
 
 
 def _step_adam(
-    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, weight: Weight, gradient: Tensor,
-    factor: float,
-) -> bool:  # fmt: skip
-    state = optimizer.state.get(parameter) or _begin_adam(weight, fused=bool(group["fused"]))
-    exp_avg, exp_avg_sq, count = (state.get(name) for name in ("exp_avg", "exp_avg_sq", "step"))
-    if not (isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor) and isinstance(count, Tensor)):
-        return False
-    functions = take(weight, gradient, exp_avg, exp_avg_sq)
-    if functions is None or count.device.type != "cpu":
-        return False
-    optimizer.state[parameter] = state
-    count.add_(1)
+    functions: ctypes.CDLL, optimizer: Optimizer, group: dict[str, Any], jobs: Sequence[Job], factor: float
+) -> list[Job]:
+    fused, states = bool(group["fused"]), optimizer.state
+    done: list[Job] = []
+    batches: dict[Alike, list[Tensors]] = defaultdict(list)
+    for job in jobs:
+        parameter, weight, gradient = job
+        held = states.get(parameter)
+        state = held or _begin_adam(weight, fused=fused)
+        exp_avg, exp_avg_sq, count = state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step")
+        if not (isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor) and isinstance(count, Tensor)):
+            continue
+        aligned: Tensor | None = gradient
+        if take(weight, gradient, exp_avg, exp_avg_sq) is None:
+            aligned = _align(weight, gradient, exp_avg, exp_avg_sq)
+        if aligned is None or not count.is_cpu:
+            continue
+        if not held:
+            states[parameter] = state
+        steps: Tensor | None = count
+        if count.dtype is not torch.float32:  # the kernel counts in fp32
+            count.add_(1)
+            steps = None
+        number = count.item() + (steps is not None)
+        batches[sort_job(weight, aligned, number)].append((weight, aligned, exp_avg, exp_avg_sq, steps))
+        done.append(job)
     lr = group["lr"]
-    numbers = AdamStep.of(
-        lr=lr.squeeze() if isinstance(lr, Tensor) else lr, betas=group["betas"], eps=group["eps"],
-        decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], count=count.item(), factor=factor,
-        nearest=bool(group["fused"]),
-    )  # fmt: skip
-    run_adam(functions, weight, gradient, exp_avg, exp_avg_sq, numbers)
-    return True
+    for (_, _, number), batch in batches.items():
+        numbers = AdamStep.of(
+            lr=lr.squeeze() if isinstance(lr, Tensor) else lr, betas=group["betas"], eps=group["eps"],
+            decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], count=number, factor=factor,
+            nearest=fused,
+        )  # fmt: skip
+        run_adam(functions, batch, numbers)
+    return done
 
 
 def _begin_adam(weight: Weight, *, fused: bool) -> dict[str, Any]:
@@ -132,22 +183,38 @@ def _begin_adam(weight: Weight, *, fused: bool) -> dict[str, Any]:
 
 
 def _step_sgd(
-    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, weight: Weight, gradient: Tensor,
-    factor: float,
-) -> bool:  # fmt: skip
-    momentum, buffer, way = float(group["momentum"]), None, NONE
-    if momentum:
-        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        way = BEGINS if buffer is None else GOES_ON
-        if buffer is None:
-            buffer = torch.empty_like(weight.live, dtype=torch.float32, requires_grad=False)
-    functions = take(weight, gradient, *(() if buffer is None else (buffer,)))
-    if functions is None:
-        return False
-    if buffer is not None:
-        optimizer.state[parameter]["momentum_buffer"] = buffer
-    numbers = SgdStep(
-        momentum, 1 - group["dampening"], -float(group["lr"]), group["weight_decay"], factor, way, group["nesterov"]
-    )
-    run_sgd(functions, weight, gradient, buffer, numbers)
-    return True
+    functions: ctypes.CDLL, optimizer: Optimizer, group: dict[str, Any], jobs: Sequence[Job], factor: float
+) -> list[Job]:
+    momentum = float(group["momentum"])
+    done: list[Job] = []
+    batches: dict[Alike, list[Tensors]] = defaultdict(list)
+    for job in jobs:
+        parameter, weight, gradient = job
+        buffer, way = None, NONE
+        aligned: Tensor | None
+        if momentum:
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            way = BEGINS if buffer is None else GOES_ON
+            if buffer is None:
+                buffer = torch.empty_like(weight.live, dtype=torch.float32, requires_grad=False)
+        states, aligned = (() if buffer is None else (buffer,)), gradient
+        if take(weight, gradient, *states) is None:
+            aligned = _align(weight, gradient, *states)
+        if aligned is None:
+            continue
+        if way == BEGINS:
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+        batches[sort_job(weight, aligned, way)].append((weight, aligned, buffer, None, None))
+        done.append(job)
+    for (_, _, moment), batch in batches.items():
+        numbers = SgdStep(
+            momentum,
+            1 - group["dampening"],
+            -float(group["lr"]),
+            group["weight_decay"],
+            factor,
+            int(moment),
+            group["nesterov"],
+        )
+        run_sgd(functions, batch, numbers)
+    return done

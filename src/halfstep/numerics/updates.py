@@ -22,6 +22,8 @@ in Python's fp64 and rounded to fp32 once. Square roots are of two kinds:
 
 Where another torch, or another processor, rounds otherwise, the twin does not agree with the truth and is not used.
 
+Many small tensors are one call: it takes lists of addresses, and threads share out the blocks of all tensors as if they were one.
+
 A weight is kept in one of three ways; bytes read and written for each with a bf16 gradient, by Adam:
 
     wide     fp32                                                              14 + 12
@@ -32,6 +34,8 @@ A weight is kept in one of three ways; bytes read and written for each with a bf
 import ctypes
 import itertools
 import os
+from array import array
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -45,6 +49,7 @@ from halfstep.numerics.words import join, split
 WIDE, SPLIT, COPY = range(3)
 PLAIN, DECOUPLED, COUPLED = range(3)
 NONE, BEGINS, GOES_ON = range(3)
+FP32, WIDTHS = torch.float32, (torch.float32, torch.bfloat16)  # of states; of gradients
 
 
 class Weight(NamedTuple):
@@ -71,6 +76,11 @@ class Weight(NamedTuple):
             split(value, self.live, self.rest)
         elif self.rest is not None:
             self.live.copy_(value)
+
+
+Tensors = tuple[Weight, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""What a kernel needs of one parameter: weight, gradient, exp_avg or momentum, exp_avg_sq, and its fp32 number of steps, if that
+is to be raised."""
 
 
 class AdamStep(NamedTuple):
@@ -169,7 +179,7 @@ def update_adam(weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: T
     if functions is None:
         update_adam_slowly(weight, gradient, exp_avg, exp_avg_sq, step)
     else:
-        run_adam(functions, weight, gradient, exp_avg, exp_avg_sq, step)
+        run_adam(functions, [(weight, gradient, exp_avg, exp_avg_sq, None)], step)
 
 
 def update_sgd(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
@@ -178,26 +188,27 @@ def update_sgd(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: Sg
     if functions is None:
         update_sgd_slowly(weight, gradient, buffer, step)
     else:
-        run_sgd(functions, weight, gradient, buffer, step)
+        run_sgd(functions, [(weight, gradient, buffer, None, None)], step)
 
 
 def take(weight: Weight, gradient: Tensor, *states: Tensor) -> ctypes.CDLL | None:
     """The kernels, if they can work on these: dtypes, device, and all of them in memory in the same order without gaps."""
     live, rest = weight
-    if live.dtype is not (torch.float32 if rest is None else torch.bfloat16):
-        return None
-    if rest is not None and rest.dtype not in (torch.int16, torch.float32):
-        return None
-    if gradient.dtype not in (torch.float32, torch.bfloat16):
+    if live.dtype is not (FP32 if rest is None else torch.bfloat16) or gradient.dtype not in WIDTHS:
         return None
     for state in states:
-        if state.dtype is not torch.float32:
+        if state.dtype is not FP32:
             return None
-    alike = lie_alike(live, gradient, *states) if rest is None else lie_alike(live, rest, gradient, *states)
-    return KERNELS.library.functions if alike else None
+    if rest is None:
+        tensors = (live, gradient, *states)
+    elif rest.dtype is torch.int16 or rest.dtype is FP32:
+        tensors = (live, rest, gradient, *states)
+    else:
+        return None
+    return KERNELS.library.functions if _lie_alike(tensors) else None
 
 
-def lie_alike(first: Tensor, *others: Tensor) -> bool:
+def lie_alike(*tensors: Tensor) -> bool:
     """Whether dense tensors on the processor have their numbers in the same order in memory, without gaps.
 
     Examples:
@@ -205,8 +216,12 @@ def lie_alike(first: Tensor, *others: Tensor) -> bool:
         >>> lie_alike(x, x.clone()), lie_alike(x.T, x.clone().T), lie_alike(x.T, torch.zeros(3, 2))
         (True, True, False)
     """
-    shape, contiguous = first.shape, True
-    for tensor in (first, *others):
+    return _lie_alike(tensors)
+
+
+def _lie_alike(tensors: tuple[Tensor, ...]) -> bool:
+    shape, contiguous = tensors[0].shape, True
+    for tensor in tensors:
         if (
             type(tensor) not in kernels.PLAIN
             or not tensor.is_cpu
@@ -215,7 +230,7 @@ def lie_alike(first: Tensor, *others: Tensor) -> bool:
         ):
             return False
         contiguous = contiguous and tensor.is_contiguous()
-    return contiguous or (_is_dense(first) and all(tensor.stride() == first.stride() for tensor in others))
+    return contiguous or (_is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors))
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -227,29 +242,37 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _find(weight: Weight, gradient: Tensor) -> tuple[int, int, int, int | None, int]:
-    """Gradient's width; addresses of live, rest and gradient."""
-    rest = None if weight.rest is None else weight.rest.data_ptr()
-    half = int(gradient.dtype is torch.bfloat16)
-    return weight.storage, half, weight.live.data_ptr(), rest, gradient.data_ptr()
+def _list_addresses(group: Sequence[Tensors]) -> "array[int]":
+    """What the kernels are told of each parameter: live, rest, gradient, states, number of steps, and how many numbers."""
+    listed: list[int] = []
+    for (live, rest), gradient, state, square, steps in group:
+        listed += (
+            live.data_ptr(),
+            0 if rest is None else rest.data_ptr(),
+            gradient.data_ptr(),
+            0 if state is None else state.data_ptr(),
+            0 if square is None else square.data_ptr(),
+            0 if steps is None else steps.data_ptr(),
+            gradient.numel(),
+        )
+    return array("q", listed)
 
 
-def _pack(step: AdamStep | SgdStep, count: int) -> "ctypes.Array[ctypes.c_float]":
+def pack(step: Sequence[float], count: int) -> "ctypes.Array[ctypes.c_float]":
+    """The first numbers of a step, as the kernels take them."""
     return (ctypes.c_float * count)(*step[:count])
 
 
-def run_adam(
-    functions: ctypes.CDLL, weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep
-) -> None:
-    """`update_adam` by kernels that `take` gave for these tensors."""
-    storage, half, live, rest, g = _find(weight, gradient)
-    states, count = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), gradient.numel()
-    roots = None if step.nearest else _find_roots()
-    functions.update_adam(storage, half, step.way, live, rest, g, *states, count, _pack(step, 8), roots)
+def run_adam(functions: ctypes.CDLL, group: Sequence[Tensors], step: AdamStep) -> None:
+    """`update_adam` of several parameters by kernels that `take` gave for each; weights kept alike, gradients of one width."""
+    weight, gradient, *_ = group[0]
+    addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
+    roots = None if step.nearest else find_roots()
+    functions.update_adam(weight.storage, half, step.way, addresses.buffer_info()[0], len(group), pack(step, 8), roots)
 
 
 @cache
-def _find_roots() -> int | None:
+def find_roots() -> int | None:
     """Address of the function that torch takes square roots with; None where it takes the processor's."""
     if not torch.backends.mkl.is_available():
         return None
@@ -260,12 +283,14 @@ def _find_roots() -> int | None:
         return None  # the kernel then does not agree with torch
 
 
-def run_sgd(functions: ctypes.CDLL, weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
-    """`update_sgd` by kernels that `take` gave for these tensors."""
-    storage, half, live, rest, g = _find(weight, gradient)
-    state, count = None if buffer is None else buffer.data_ptr(), gradient.numel()
+def run_sgd(functions: ctypes.CDLL, group: Sequence[Tensors], step: SgdStep) -> None:
+    """`update_sgd` of several parameters by kernels that `take` gave for each; kept alike, gradients and momenta alike."""
+    weight, gradient, buffer, *_ = group[0]
+    addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
     way = NONE if buffer is None else step.way
-    functions.update_sgd(storage, half, way, int(step.nesterov), live, rest, g, state, count, _pack(step, 5))
+    functions.update_sgd(
+        weight.storage, half, way, int(step.nesterov), addresses.buffer_info()[0], len(group), pack(step, 5)
+    )
 
 
 def _agrees(functions: ctypes.CDLL) -> bool:
@@ -310,7 +335,7 @@ def _agrees_on_adam(functions: ctypes.CDLL, storage: int, decoupled: bool, neare
         )  # fmt: skip
         gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
         update_adam_slowly(ours[0], gradient, *ours[1:], step)
-        run_adam(functions, theirs[0], gradient, *theirs[1:], step)
+        run_adam(functions, [(theirs[0], gradient, *theirs[1:], None)], step)
     return _equal((ours[0].read(), ours[0].live, *ours[1:]), (theirs[0].read(), theirs[0].live, *theirs[1:]))
 
 
@@ -320,7 +345,7 @@ def _agrees_on_sgd(functions: ctypes.CDLL, storage: int, nesterov: bool) -> bool
         step = SgdStep(0.9, 1.0 if nesterov else 0.7, -0.03, 0.1, 0.3, BEGINS if t == 1 else GOES_ON, nesterov)
         gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
         update_sgd_slowly(ours[0], gradient, ours[1], step)
-        run_sgd(functions, theirs[0], gradient, theirs[1], step)
+        run_sgd(functions, [(theirs[0], gradient, theirs[1], None, None)], step)
     return _equal((ours[0].read(), ours[0].live, ours[1]), (theirs[0].read(), theirs[0].live, theirs[1]))
 
 
@@ -333,8 +358,8 @@ def _begin(storage: int) -> tuple[Weight, Tensor, Tensor]:
 KERNELS = Kernels(
     "updates.c",
     {
-        "update_adam": [INT, INT, INT, POINTER, POINTER, POINTER, POINTER, POINTER, COUNT, POINTER, POINTER],
-        "update_sgd": [INT, INT, INT, INT, POINTER, POINTER, POINTER, POINTER, COUNT, POINTER],
+        "update_adam": [INT, INT, INT, POINTER, COUNT, POINTER, POINTER],
+        "update_sgd": [INT, INT, INT, INT, POINTER, COUNT, POINTER],
     },
     _agrees,
 )
