@@ -1,6 +1,7 @@
 """A plan applied to a model: the reversible handle that says what was done, what was not, and why.
 
     resolve the plan over the model's modules         dead rules are errors
+    convolutions -> memory format                     weights once, what comes in on entry
     every module's own parameters -> storage format   through MasterWeights, parameter objects stay the same
     modules whose format differs from the one around them, and units of `cast = "unit"` -> Unit
     modules whose products are scaled, or emulated -> ProductUnit, inside which torch's functions are replaced
@@ -44,6 +45,7 @@ from halfstep.mechanisms.layers import (
     undo_unit,
 )
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.memory_formats import CONVOLUTIONS, find_memory_format, lay_out, return_contiguous
 from halfstep.mechanisms.operators import OperatorMode, Twin, cast_operations, choose_twin
 from halfstep.mechanisms.replacements import (
     read_products,
@@ -154,6 +156,7 @@ class Conversion:
                 records.append(
                     LayerRecord(path=path, kind=kind, compute=s.compute, storage=s.storage, master=s.master,
                                 parameters=own, why=s.why, grad=s.grad, saved="" if is_replaced else s.saved,
+                                memory_format=s.memory_format if isinstance(module, CONVOLUTIONS) else "",
                                 **({"grad_input": s.grad_input, "grad_weight": s.grad_weight,
                                     "scaling": s.scaling.replace("tensor", "")} if is_replaced else {}))
                 )  # fmt: skip
@@ -220,6 +223,7 @@ class Conversion:
         try:
             for path, module in self.model.named_modules():
                 self._convert_unit(path, module)
+            self._lay_out()
             for parameter, settings in self.storage.items():
                 if settings.storage != "fp32":
                     self.masters.narrow(parameter, DTYPES[settings.storage], settings.master)
@@ -230,6 +234,17 @@ class Conversion:
         except BaseException:
             self.undo()
             raise
+
+    def _lay_out(self) -> None:
+        """Memory formats that the plan states. The caller of a contiguous model gets what it has always got."""
+        differs = False
+        for path, module in self.model.named_modules():
+            stated = self.table[path].memory_format
+            if stated and isinstance(module, CONVOLUTIONS):
+                differs |= (find_memory_format(module), stated) == ("contiguous", "channels_last")
+                self._undo.callback(lay_out(module, stated))
+        if differs:
+            self._undo.callback(return_contiguous(self.model))
 
     def _warn_of_nothing_narrow(self) -> None:
         named = {rule.compute for rule in self.plan.rules if rule.compute and rule.compute not in DTYPES}

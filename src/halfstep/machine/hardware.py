@@ -87,10 +87,12 @@ def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> di
     return {"output": lambda: x @ w.t(), "grad_input": lambda: g @ w, "grad_weight": lambda: g.t() @ x}
 
 
-def _conv_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+def _conv_calls(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, order: torch.memory_format = torch.contiguous_format
+) -> dict[str, Callable[[], object]]:
     batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    x = torch.randn(batch, inputs, height, width, device=device).to(dtype)
-    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype)
+    x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
+    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
     pad = [kernel // 2] * 2
 
     def forward() -> torch.Tensor:
@@ -110,7 +112,11 @@ def _conv_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict
     }
 
 
-PRODUCTS = {"matmul": _matmul_calls, "conv2d": _conv_calls}
+PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], dict[str, Callable[[], object]]]] = {
+    "matmul": _matmul_calls,
+    "conv2d": _conv_calls,
+    "conv2d, channels_last": partial(_conv_calls, order=torch.channels_last),
+}
 
 
 def count_operations(operation: str, shape: tuple[int, ...]) -> float:
