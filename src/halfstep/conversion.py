@@ -126,12 +126,16 @@ class Conversion:
     def _replace_functions(self) -> AbstractContextManager[Any]:
         return self._functions or nullcontext()
 
+    def _list_equals(self) -> Mapping[Any, Any]:
+        """Fast functions, for modes that look functions up before the block of those around them does."""
+        return self._functions.replacements if self._functions else {}
+
     def _find_mode(self, compute: str) -> OperatorMode | None:
         """The mode that casts operations to a 16-bit format; None where torch.autocast does."""
         if compute not in self.twins:
             self.twins[compute] = choose_twin(compute, self.device_type)
             if self.twins[compute].name == "OperatorMode":
-                self._modes[compute] = OperatorMode(compute, self.device_type)
+                self._modes[compute] = OperatorMode(compute, self.device_type, equals=self._list_equals())
         return self._modes.get(compute)
 
     def audit(self) -> Audit:
@@ -182,7 +186,8 @@ class Conversion:
             return ()
         if self._functions is None:
             return (f"torch's own: the fast ones are for a processor, and the model is on {self.device_type}",)
-        return describe_functions()
+        left = "tensors in fp16: left to torch, the kernels take fp32 and bf16"
+        return (*describe_functions(), *([left] if any(s.compute == "fp16" for s in self.table.values()) else []))
 
     def share_quantized_weights(self) -> None:
         """From now on products share `quantized`, which the caller clears whenever weights have changed."""
@@ -318,7 +323,7 @@ class Conversion:
         settings, around = self.table[path], self._find_surroundings(path)
         state = self.products[path] = ProductState(number=len(self.products))
         functions = replace_functions(read_products(settings), state)
-        inside = OperatorMode(around, self.device_type, functions).opened
+        inside = OperatorMode(around, self.device_type, functions, self._list_equals()).opened
         make_unit(module, ProductUnit, self.device_type, around, settings.output, inside)
         self._undo.callback(undo_unit, module)
 
