@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -76,6 +77,23 @@ def test_what_is_no_batch_of_images_is_left_alone() -> None:
     layer = nn.Conv2d(3, 4, 3)
     lay_out(layer, "channels_last")
     assert layer(torch.randn(3, 5, 5)).shape == (4, 3, 3)
+
+
+def test_gradients_of_single_samples_are_as_before() -> None:
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+
+    def differentiate() -> Tensor:
+        def total(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+            result: Tensor = functional_call(layer, weights, (image[None],)).square().sum()
+            return result
+
+        weights = {name: p.detach() for name, p in layer.named_parameters()}
+        result: Tensor = vmap(grad(total), (None, 0))(weights, x)["weight"]
+        return result
+
+    before = differentiate()
+    lay_out(layer, "channels_last")
+    torch.testing.assert_close(differentiate(), before)
 
 
 # --- a plan

@@ -83,10 +83,11 @@ def _lay_out_weight(module: nn.Module, order: torch.memory_format) -> None:
 def _lay_out_input(
     memory_format: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An image without a batch has one order in torch."""
+    """An image without a batch has one order in torch, and torch.vmap knows one only."""
+    is_mapped = torch._C._are_functorch_transforms_active()
 
     def convert(value: Any) -> Any:
-        is_batch = isinstance(value, Tensor) and value.ndim == 4
+        is_batch = isinstance(value, Tensor) and value.ndim == 4 and not is_mapped
         return value.contiguous(memory_format=MEMORY_FORMATS[memory_format]) if is_batch else value
 
     return tuple(map(convert, args)), {key: convert(value) for key, value in kwargs.items()}
