@@ -49,7 +49,7 @@ def make_runs() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def profile() -> HardwareProfile:
-    """Of this machine, whatever it is doing: "auto" would probe a busy one anew each time."""
+    """Of this machine, whatever it is doing; the user's cache is left alone."""
     return probe_hardware(quick=True)
 
 

@@ -1,5 +1,6 @@
 """Fast functions: where they are put in place, where torch's own stay, and that a step computes the same with them."""
 
+import copy
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import halfstep
 from halfstep.conversion import convert
-from halfstep.mechanisms.functions import FAST, FunctionMode, describe_functions
+from halfstep.errors import PrecisionWarning
+from halfstep.mechanisms.functions import FAST, FunctionMode, describe_functions, get_routes, put_back_routes
+from halfstep.mechanisms.operators import OperatorMode
 from halfstep.numerics import scaled_attention
 from halfstep.plan import Plan, Rule
 from helpers import seeded
@@ -193,3 +196,136 @@ def test_attention_is_left_to_the_way_that_was_asked_for() -> None:
         (first,) = torch.autograd.grad(F.scaled_dot_product_attention(q, q, q).square().sum(), q, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), q)
     assert bool(torch.isfinite(second).all())
+
+
+# --- where operations are cast by OperatorMode
+
+
+def note_inputs(
+    *functions: Callable[..., Any],
+) -> tuple[dict[Callable[..., Any], Callable[..., Any]], list[tuple[str, str]]]:
+    """Equals of these functions that note the format of what they are given."""
+    seen: list[tuple[str, str]] = []
+
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append((function.__name__, str(x.dtype).removeprefix("torch.")))
+            return function(x, *args, **kwargs)
+
+        return call
+
+    return {function: note(function) for function in functions}, seen
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_equals_are_given_what_the_table_says(compute: str) -> None:
+    equals, seen = note_inputs(F.dropout, F.cross_entropy, F.scaled_dot_product_attention)
+    narrow = {"bf16": "bfloat16", "fp16": "float16"}[compute]
+    q, y = torch.randn(1, 5, 8), torch.tensor([0, 1])
+    with OperatorMode(compute, "cpu", equals=equals):
+        assert F.scaled_dot_product_attention(q, q, q).dtype is getattr(torch, narrow)
+        assert F.cross_entropy(torch.randn(2, 3).to(getattr(torch, narrow)), y).dtype is torch.float32
+        F.dropout(torch.ones(3))
+        nn.Dropout()(torch.ones(3, dtype=getattr(torch, narrow)))
+        (torch.ones(2, 2) @ torch.ones(2, 2)).exp()
+    assert seen == [
+        ("scaled_dot_product_attention", narrow),
+        ("cross_entropy", "float32"),
+        ("dropout", "float32"),
+        ("dropout", narrow),
+    ]
+
+
+def test_equals_are_for_the_innermost_block_and_its_copies() -> None:
+    equals, seen = note_inputs(F.dropout)
+    mode = OperatorMode("bf16", "cpu", equals=equals)
+    with mode, OperatorMode("fp16", "cpu"):
+        F.dropout(torch.ones(3))
+    with mode, torch.autocast("cpu", enabled=False):
+        F.dropout(torch.ones(3))
+    assert not seen
+    with copy.copy(mode):
+        F.dropout(torch.ones(3))
+    assert len(seen) == 1
+
+
+def test_subclasses_and_compiled_code_have_no_equals() -> None:
+    class Other(Tensor):
+        pass
+
+    equals, seen = note_inputs(F.dropout)
+    mode = OperatorMode("bf16", "cpu", equals=equals)
+    with mode:
+        F.dropout(torch.ones(3).as_subclass(Other))
+        torch.compile(lambda x: F.dropout(x), backend="aot_eager", fullgraph=True)(torch.ones(3))
+    assert not seen
+
+
+FAST_FP16 = Plan.parse("functions=fast\ncompute=fp16")
+
+
+def test_the_loss_of_a_model_in_fp16_is_taken_by_the_kernel() -> None:
+    logits = torch.randn(6, 5, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    with convert(nn.Linear(2, 2), FAST_FP16) as conversion:
+        assert conversion.twins["fp16"].name == "OperatorMode"
+        with conversion.autocast():
+            loss = F.cross_entropy(logits.half(), y)
+        said = conversion.describe_functions()
+    assert find_nodes(loss) & {"_CrossEntropyBackward"}
+    assert said[-1] == "tensors in fp16: left to torch, the kernels take fp32 and bf16"
+    torch.testing.assert_close(loss, F.cross_entropy(logits.half().float(), y))
+
+
+def find_nodes(result: Tensor) -> set[str]:
+    """Names of the nodes of a result's graph."""
+    names, queue = set(), [result.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None:
+            names.add(type(node).__name__)
+            queue += [before for before, _ in node.next_functions]
+    return names
+
+
+def test_dropout_inside_of_a_module_with_scaled_products_is_the_fast_one() -> None:
+    module, x = nn.MultiheadAttention(16, 2, 0.5), torch.randn(3, 2, 16)
+    plan = Plan.parse("functions=fast\nkind=attention compute=int8\ncompute=bf16")
+    with convert(module, plan) as conversion, conversion.autocast():
+        result, _ = module(x, x, x, need_weights=True)
+    assert "_DropoutBackward" in find_nodes(result)
+
+
+def test_a_checkpointed_model_in_fp16_draws_what_it_drew() -> None:
+    saved, plain = take_gradients(FAST_FP16, saves=True), take_gradients(FAST_FP16, saves=False)
+    assert all(torch.equal(a, b) for a, b in zip(saved, plain, strict=True))
+    assert any(bool(g.any()) for g in saved)
+
+
+# --- what is refused or warned of
+
+
+def test_ways_of_attention_in_other_words_are_warned_of_and_left_out() -> None:
+    with FunctionMode():
+        q = torch.randn(2, 7, 8, requires_grad=True)
+        F.scaled_dot_product_attention(q, q, q)
+    saved, before = get_routes(), dict(scaled_attention.ROUTES)
+    known, other = saved[0], saved[0] | {"queries": 7777}
+    scaled_attention.ROUTES.clear()
+    with pytest.warns(
+        PrecisionWarning, match="3 of the ways of attention .* timed again: load the state with that version"
+    ):
+        put_back_routes([known, other | {"heads": 2}, {"route": "torch"}, other | {"route": "abacus"}])
+    assert len(scaled_attention.ROUTES) == 1
+    put_back_routes(saved)
+    assert before == scaled_attention.ROUTES
+
+
+def test_logits_that_were_changed_in_place_are_torchs_own_error() -> None:
+    logits = torch.randn(4, 3, requires_grad=True) * 1
+    with FunctionMode():
+        loss = F.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+    assert "_CrossEntropyBackward" in find_nodes(loss)
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*is at version 1; expected version 0"):
+        loss.backward()

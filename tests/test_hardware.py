@@ -1,3 +1,4 @@
+import datetime
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from halfstep.errors import RecordError, UnsupportedError
 from halfstep.machine import hardware
 from halfstep.machine.hardware import (
+    BUSY_HOURS,
     EQUAL,
     Stopwatch,
     compare_with_fp32,
     count_operations,
     get_profile,
+    is_trusted,
     judge_format,
     load_profile,
     locate_profile,
@@ -269,14 +272,49 @@ def test_damaged_profile_counts_as_none(profile: HardwareProfile, tmp_path: Path
     assert load_profile(tmp_path) is None
 
 
-def test_profile_of_a_busy_machine_is_not_kept(
+NOW = datetime.datetime(2026, 11, 25, 12, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize(
+    ("measured_at", "hours", "load", "trusted"),
+    [
+        (0.1, 10_000, 0.1, True), (0.1, 10_000, 3.0, True),  # quiet: for good
+        (2.0, 1, 2.0, True), (2.0, 1, 0.6, True), (2.0, BUSY_HOURS, 2.0, True),  # busy, as it is still
+        (2.0, 1, 0.5, False), (2.0, 1, 0.0, False),  # quiet by now
+        (2.0, BUSY_HOURS + 0.1, 2.0, False), (2.0, -1, 2.0, False),  # long ago, or by a clock that was wrong
+    ],
+)  # fmt: skip
+def test_profile_of_a_busy_machine_serves_while_it_is_busy(
+    profile: HardwareProfile, measured_at: float, hours: float, load: float, trusted: bool
+) -> None:
+    date = (NOW - datetime.timedelta(hours=hours)).isoformat()
+    assert is_trusted(replace(profile, load=measured_at, date=date), load=load, now=NOW) is trusted
+
+
+@pytest.mark.parametrize("date", ["", "2026-11-25", "yesterday"])
+def test_profile_of_a_busy_machine_without_a_time_is_not_trusted(profile: HardwareProfile, date: str) -> None:
+    assert not is_trusted(replace(profile, load=2.0, date=date), load=2.0, now=NOW)
+
+
+def test_busy_machine_is_probed_once_and_again_when_it_is_quiet(
     profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "profile.json"
-    monkeypatch.setattr(hardware, "locate_profile", lambda device: path)
-    monkeypatch.setattr(hardware, "probe_hardware", lambda device, *, quick: replace(profile, load=2.0))
-    assert get_profile().load == 2.0
-    assert not path.exists()
+    load, probes = 2.0, []
+
+    def probe(device: str, *, quick: bool) -> HardwareProfile:
+        probes.append(load)
+        return replace(profile, load=load, date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
+    monkeypatch.setattr(hardware, "locate_profile", lambda device: tmp_path / "profile.json")
+    monkeypatch.setattr(hardware, "probe_hardware", probe)
+    monkeypatch.setattr(hardware, "read_load", lambda: load)
+    assert [get_profile().load for _ in range(3)] == [2.0, 2.0, 2.0]
+    assert probes == [2.0]
+    load = 0.1
+    assert [get_profile().load for _ in range(2)] == [0.1, 0.1]
+    load = 2.0
+    assert get_profile().load == 0.1
+    assert probes == [2.0, 0.1]
 
 
 def test_profile_is_probed_once_and_then_read(

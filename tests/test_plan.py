@@ -19,6 +19,7 @@ from halfstep.plan import (
     KINDS,
     LOSS_SCALES,
     MASTERS,
+    MEMORY_FORMATS,
     POSITIONS,
     PRESETS,
     PRODUCTS,
@@ -66,6 +67,7 @@ RULES = st.builds(
     master=maybe(*MASTERS),
     cast=maybe(*CASTS),
     saved=maybe(*FORMATS),
+    memory_format=maybe(*MEMORY_FORMATS),
     why=ODD,
 )
 PLANS = st.builds(
@@ -85,7 +87,7 @@ FULL = Plan(
         Rule(
             path="blocks.*.mlp", kind="linear", position="last", compute="fp8_e4m3", grad="fp8_e5m2", grad_input="int8",
             grad_weight="bf16", scaling="row", output="fp16", storage="bf16", master="split", cast="unit", saved="int8",
-            why="it's \"timed\" # 2 = fast \\ é",
+            memory_format="contiguous", why="it's \"timed\" # 2 = fast \\ é",
         ),
         Rule(path="", output="fp32"),
         Rule(kind="norm", compute="fp32"),
@@ -287,7 +289,7 @@ def test_what_no_rule_states_is_fp32_and_uncast() -> None:
     assert Plan().resolve(MODEL).table == dict.fromkeys(MODEL, Settings())
     assert Settings() == Settings(
         compute="fp32", grad="", grad_input="", grad_weight="", scaling="tensor", output="", storage="fp32",
-        master="none", cast="op", saved="", why="",
+        master="none", cast="op", saved="", memory_format="", why="",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A plan applied to a model: the reversible handle that says what was done, what was not, and why.
 
     resolve the plan over the model's modules         dead rules are errors
+    convolutions -> memory format                     weights once, what comes in on entry
     every module's own parameters -> storage format   through MasterWeights, parameter objects stay the same
     modules whose format differs from the one around them, and units of `cast = "unit"` -> Unit
     modules whose products are scaled, or emulated -> ProductUnit, inside which torch's functions are replaced
@@ -44,6 +45,7 @@ from halfstep.mechanisms.layers import (
     undo_unit,
 )
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.memory_formats import CONVOLUTIONS, find_memory_format, lay_out, return_contiguous
 from halfstep.mechanisms.operators import OperatorMode, Twin, cast_operations, choose_twin
 from halfstep.mechanisms.replacements import (
     read_products,
@@ -124,12 +126,16 @@ class Conversion:
     def _replace_functions(self) -> AbstractContextManager[Any]:
         return self._functions or nullcontext()
 
+    def _list_equals(self) -> Mapping[Any, Any]:
+        """Fast functions, for modes that look functions up before the block of those around them does."""
+        return self._functions.replacements if self._functions else {}
+
     def _find_mode(self, compute: str) -> OperatorMode | None:
         """The mode that casts operations to a 16-bit format; None where torch.autocast does."""
         if compute not in self.twins:
             self.twins[compute] = choose_twin(compute, self.device_type)
             if self.twins[compute].name == "OperatorMode":
-                self._modes[compute] = OperatorMode(compute, self.device_type)
+                self._modes[compute] = OperatorMode(compute, self.device_type, equals=self._list_equals())
         return self._modes.get(compute)
 
     def audit(self) -> Audit:
@@ -154,6 +160,7 @@ class Conversion:
                 records.append(
                     LayerRecord(path=path, kind=kind, compute=s.compute, storage=s.storage, master=s.master,
                                 parameters=own, why=s.why, grad=s.grad, saved="" if is_replaced else s.saved,
+                                memory_format=s.memory_format if isinstance(module, CONVOLUTIONS) else "",
                                 **({"grad_input": s.grad_input, "grad_weight": s.grad_weight,
                                     "scaling": s.scaling.replace("tensor", "")} if is_replaced else {}))
                 )  # fmt: skip
@@ -179,7 +186,8 @@ class Conversion:
             return ()
         if self._functions is None:
             return (f"torch's own: the fast ones are for a processor, and the model is on {self.device_type}",)
-        return describe_functions()
+        left = "tensors in fp16: left to torch, the kernels take fp32 and bf16"
+        return (*describe_functions(), *([left] if any(s.compute == "fp16" for s in self.table.values()) else []))
 
     def share_quantized_weights(self) -> None:
         """From now on products share `quantized`, which the caller clears whenever weights have changed."""
@@ -220,6 +228,7 @@ class Conversion:
         try:
             for path, module in self.model.named_modules():
                 self._convert_unit(path, module)
+            self._lay_out()
             for parameter, settings in self.storage.items():
                 if settings.storage != "fp32":
                     self.masters.narrow(parameter, DTYPES[settings.storage], settings.master)
@@ -230,6 +239,17 @@ class Conversion:
         except BaseException:
             self.undo()
             raise
+
+    def _lay_out(self) -> None:
+        """Memory formats that the plan states. The caller of a contiguous model gets what it has always got."""
+        differs = False
+        for path, module in self.model.named_modules():
+            stated = self.table[path].memory_format
+            if stated and isinstance(module, CONVOLUTIONS):
+                differs |= (find_memory_format(module), stated) == ("contiguous", "channels_last")
+                self._undo.callback(lay_out(module, stated))
+        if differs:
+            self._undo.callback(return_contiguous(self.model))
 
     def _warn_of_nothing_narrow(self) -> None:
         named = {rule.compute for rule in self.plan.rules if rule.compute and rule.compute not in DTYPES}
@@ -303,7 +323,7 @@ class Conversion:
         settings, around = self.table[path], self._find_surroundings(path)
         state = self.products[path] = ProductState(number=len(self.products))
         functions = replace_functions(read_products(settings), state)
-        inside = OperatorMode(around, self.device_type, functions).opened
+        inside = OperatorMode(around, self.device_type, functions, self._list_equals()).opened
         make_unit(module, ProductUnit, self.device_type, around, settings.output, inside)
         self._undo.callback(undo_unit, module)
 

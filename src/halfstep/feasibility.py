@@ -6,6 +6,7 @@ from halfstep.errors import FormatError, UnsupportedError
 from halfstep.mechanisms.activations import SAVED_FORMATS
 from halfstep.mechanisms.layers import DTYPES, find_kind
 from halfstep.mechanisms.master_weights import WAYS
+from halfstep.mechanisms.memory_formats import CONVOLUTIONS
 from halfstep.mechanisms.replacements import REPLACEABLE, can_be_replaced, read_products, require_products
 from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Settings
@@ -60,6 +61,11 @@ def require_possible(path: str, module: nn.Module, settings: Settings) -> None:
         allowed = ", ".join(["fp32 (as they are)", *filter(None, SAVED_FORMATS)])
         raise UnsupportedError(
             f"{where}: saved={settings.saved} cannot be honoured; activations are saved in {allowed}"
+        )
+    if settings.memory_format and find_kind(module) and not isinstance(module, CONVOLUTIONS):
+        raise UnsupportedError(
+            f"{where} is a {type(module).__name__}, and memory_format={settings.memory_format} is for 2-d convolutions; give "
+            "that rule their paths, or kind=conv where the model has no others"
         )
     if has_formats_of_its_own(settings):
         _require_products(where, module, settings)

@@ -19,6 +19,8 @@ A plan is an ordered list of rules. A rule has keys (which modules it is for) an
                cast         where activations are converted: `op` (every operation under the module, as torch.autocast
                             does it) or `unit` (only around the module itself)
                saved        format in which activations wait for the backward pass; left out: as they are
+               memory_format   order in memory of a 2-d convolution's weight and of what it is given: channels_last |
+                            contiguous; left out: as they are
 
 For each setting of a module, the first rule that matches the module and states the setting decides; what no rule
 states is fp32, uncast. `grad`, `grad_input`, `grad_weight` and `scaling` say more about `compute`: of them, nothing
@@ -50,6 +52,7 @@ KINDS = ("linear", "conv", "embedding", "norm", "attention", "recurrent")
 MASTERS = ("fp32", "split", "kahan", "split24", "stochastic", "none")
 POSITIONS = ("first", "last")
 CASTS = ("op", "unit")
+MEMORY_FORMATS = ("channels_last", "contiguous")
 OF_PRODUCTS = ("grad", "grad_input", "grad_weight", "scaling")  # settings that say more about `compute`
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
@@ -75,6 +78,7 @@ class Settings:
     master: str = "none"
     cast: str = "op"
     saved: str = ""  # "" means as they are
+    memory_format: str = ""  # "" means as they are
     why: str = ""
 
 
@@ -86,8 +90,8 @@ class Rule:
         >>> Rule(path="head", compute="float32").compute
         'fp32'
 
-    Raises PlanError or FormatError, naming the nearest word, for an unknown kind, position, format, scaling, master or
-    cast.
+    Raises PlanError or FormatError, naming the nearest word, for an unknown kind, position, format, scaling, master, cast
+    or memory format.
     """
 
     path: str = "**"
@@ -103,6 +107,7 @@ class Rule:
     master: str | None = None
     cast: str | None = None
     saved: str | None = None
+    memory_format: str | None = None
     why: str = ""
 
     def __post_init__(self) -> None:
@@ -110,7 +115,10 @@ class Rule:
             name = getattr(self, slot)
             if name is not None:
                 object.__setattr__(self, slot, find_format(name).name)
-        words = {"kind": KINDS, "position": POSITIONS, "scaling": SCALINGS, "master": MASTERS, "cast": CASTS}
+        words = {
+            "kind": KINDS, "position": POSITIONS, "scaling": SCALINGS, "master": MASTERS, "cast": CASTS,
+            "memory_format": MEMORY_FORMATS,
+        }  # fmt: skip
         for slot, allowed in words.items():
             word = getattr(self, slot)
             if word is not None and word not in allowed:

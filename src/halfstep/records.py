@@ -189,6 +189,7 @@ class LayerRecord(Record):
     scaling: str = (
         ""  # which numbers share a scale: delayed | row | 1x128 | 128x128; "" all of a tensor, or a format's blocks
     )
+    memory_format: str = ""  # of a 2-d convolution: channels_last | contiguous; "" as it was
 
 
 @dataclass(frozen=True, kw_only=True)

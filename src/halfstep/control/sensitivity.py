@@ -5,6 +5,7 @@
     search    control/search: per layer, fp32 or the fastest format with its casts counted
     try       forward and backward of the whole model on half the batch, fp32 against the found plan in turns: the plan
               must win. Half, so that a model which fits into memory only in 16 bits can be tried in fp32 at all
+    order     memory formats of convolutions, proposed by control/memory_formats: what wins such a trial is taken
 
 The trial is there because a small model can lose by dispatch and elementwise casts what its layers gain. It leaves no
 trace: random states and buffers are put back, gradients dropped, weights untouched.
@@ -24,6 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from halfstep.control.memory_formats import (
+    is_there_already,
+    measure_convolutions,
+    propose_memory_formats,
+    state_memory_formats,
+)
 from halfstep.control.monitor import LayerShape, observe_shapes
 from halfstep.control.search import NOISE, UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
 from halfstep.conversion import convert, draft_conversion
@@ -40,6 +47,7 @@ CANDIDATES = ("bf16", "fp16")
 WIDE = ("fp32", "bf16")  # formats whose harm is not in question
 ALIVE_ANYWAY = ("resident", "outside")  # saved tensors that no format of a module changes
 TRIALS = 5
+ORDER_GAIN = 1.02  # that a change of memory formats must bring; the fastest of TRIALS repeats better than medians do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +300,10 @@ def choose_plan(
         untimed = fast[0] if _has_untimed(model, shapes) else ""
         plan = _keep_sparse_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
         plan = replace(plan, functions=functions)
-        plan, why = _try(model, *halve_batch(args, kwargs), plan, Stopwatch(profile.device))
+        half = halve_batch(args, kwargs)
+        plan, why = _try(model, *half, plan, Stopwatch(profile.device))
+        plan, said = _try_memory_formats(model, *half, plan, shapes, costs, profile.device)
+    why = "; ".join(filter(None, [why, said]))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
 
@@ -396,17 +407,8 @@ def _try(
     if all(rule.compute == "fp32" for rule in plan.rules):
         return plan, "no layer is faster in 16 bits at its own shape"
     wide = Plan(rules=(Rule(compute="fp32"),), functions=plan.functions)
-    times: dict[Plan, list[float]] = {wide: [], plan: []}
-    for _ in range(1 + TRIALS):
-        for tried, found in times.items():
-            with convert(model, tried) as conversion:
-
-                def step(conversion: Any = conversion) -> None:
-                    with conversion.autocast():
-                        run_once(model, args, kwargs)
-
-                found.append(watch.time_once(step))
-    before, after = (statistics.median(times[tried][1:]) for tried in (wide, plan))  # the first is a warm-up
+    times = _race(model, args, kwargs, (wide, plan), watch)
+    before, after = (statistics.median(times[tried]) for tried in (wide, plan))
     timed = f"on half a batch forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
     if before / after >= NOISE:
         return plan, timed
@@ -417,3 +419,47 @@ def _try(
         if r.names_a_path
     ]
     return replace(wide, rules=(*layers, Rule(compute="fp32", why=why)), name="auto"), why
+
+
+def _race(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plans: Sequence[Plan], watch: Stopwatch
+) -> dict[Plan, list[float]]:
+    """Milliseconds of forward and backward under each plan, by turns; a first turn only warms up."""
+    times: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    for turn in range(1 + TRIALS):
+        for plan, found in times.items():
+            with convert(model, plan) as conversion:
+
+                def step(conversion: Any = conversion) -> None:
+                    with conversion.autocast():
+                        run_once(model, args, kwargs)
+
+                ms = watch.time_once(step)
+                if turn:
+                    found.append(ms)
+    return times
+
+
+def _try_memory_formats(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, shapes: Mapping[str, LayerShape],
+    costs: Sequence[LayerCost], device: str,
+) -> tuple[Plan, str]:  # fmt: skip
+    """The plan with the memory formats under which the whole model is fastest, and the times; itself where it is.
+
+    A model that cannot run in an order, as one that views what it may not view then, keeps its own.
+    """
+    convolutions = measure_convolutions(model, shapes, costs, plan, Stopwatch(device, seconds=0.04))
+    best, why = plan, ""
+    for formats in propose_memory_formats(convolutions):
+        if is_there_already(model, formats):
+            continue
+        stated = state_memory_formats(plan, model, formats, convolutions)
+        try:
+            times = _race(model, args, kwargs, (best, stated), Stopwatch(device))
+        except RuntimeError:
+            continue
+        before, after = min(times[best]), min(times[stated])
+        if before / after >= ORDER_GAIN:
+            changed = f"{before:.3g} ms become {after:.3g} with memory formats chosen by timing"
+            best, why = stated, "; ".join(filter(None, [why, changed]))
+    return best, why

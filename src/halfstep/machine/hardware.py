@@ -49,6 +49,7 @@ EQUAL = 0.97  # a ratio from here on counts as "not slower": medians repeat to a
 
 
 BUSY = 0.5  # load a core, from which on timings are not to be trusted
+BUSY_HOURS = 6  # that timings of a busy machine are used, as long as it stays busy
 
 
 class Stopwatch:
@@ -87,10 +88,12 @@ def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> di
     return {"output": lambda: x @ w.t(), "grad_input": lambda: g @ w, "grad_weight": lambda: g.t() @ x}
 
 
-def _conv_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+def _conv_calls(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, order: torch.memory_format = torch.contiguous_format
+) -> dict[str, Callable[[], object]]:
     batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    x = torch.randn(batch, inputs, height, width, device=device).to(dtype)
-    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype)
+    x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
+    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
     pad = [kernel // 2] * 2
 
     def forward() -> torch.Tensor:
@@ -110,7 +113,11 @@ def _conv_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict
     }
 
 
-PRODUCTS = {"matmul": _matmul_calls, "conv2d": _conv_calls}
+PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], dict[str, Callable[[], object]]]] = {
+    "matmul": _matmul_calls,
+    "conv2d": _conv_calls,
+    "conv2d, channels_last": partial(_conv_calls, order=torch.channels_last),
+}
 
 
 def count_operations(operation: str, shape: tuple[int, ...]) -> float:
@@ -419,14 +426,37 @@ def load_profile(path: Path) -> HardwareProfile | None:
     return profile if isinstance(profile, HardwareProfile) else None
 
 
+def is_trusted(profile: HardwareProfile, *, load: float, now: datetime.datetime) -> bool:
+    """Whether a profile is as good as one that were measured now, on a machine with this load.
+
+    One of a quiet machine holds for good. One of a busy machine holds for BUSY_HOURS while the machine is busy still, when a
+    new one would be no better; as soon as it is quiet, it is measured again.
+
+    Examples:
+        >>> profile = HardwareProfile(device="cpu", machine="M", unit="AVX2", torch_version="2.13", threads=2, load=2.0,
+        ...                           date="2026-01-01T12:00:00+00:00")
+        >>> soon = datetime.datetime(2026, 1, 1, 13, tzinfo=datetime.UTC)
+        >>> is_trusted(profile, load=2.0, now=soon), is_trusted(profile, load=0.1, now=soon)
+        (True, False)
+    """
+    if profile.load <= BUSY:
+        return True
+    try:
+        age = now - datetime.datetime.fromisoformat(profile.date)
+    except (TypeError, ValueError):  # a date without a time zone, or none
+        return False
+    return load > BUSY and datetime.timedelta(0) <= age <= datetime.timedelta(hours=BUSY_HOURS)
+
+
 def get_profile(device: str = "cpu") -> HardwareProfile:
-    """This machine's profile from the cache, or a quick probe that is then cached where the cache can be written."""
+    """This machine's profile from the cache, or a quick probe that is then cached where the cache can be written.
+
+    What was measured on a busy machine serves while it is busy, for some hours (`is_trusted`).
+    """
     path = locate_profile(device)
     profile = load_profile(path)
-    if profile is None:
+    if profile is None or not is_trusted(profile, load=read_load(), now=datetime.datetime.now(datetime.UTC)):
         profile = probe_hardware(device, quick=True)
-        if profile.load > BUSY:
-            return profile  # not worth keeping
-        with contextlib.suppress(RecordError):  # a profile that cannot be kept costs the next run three seconds
+        with contextlib.suppress(RecordError):  # a profile that cannot be kept costs the next run a few seconds
             save_profile(profile, path)
     return profile

@@ -10,19 +10,23 @@ Each has torch's signature and hands over to torch's own where it does not apply
 compute is the same up to rounding, except that dropout draws other numbers from the same seed. `Plan.functions` decides
 whether they are used.
 
+A mode of `mechanisms.operators` further in looks functions up first; it is given the same ones (`OperatorMode`'s `equals`).
+
 A backward pass runs in the block too (`Conversion.stand_by`): activation checkpointing runs functions again there, and those
 must draw what they drew before.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from halfstep.errors import PrecisionWarning
 from halfstep.insides import BACKWARD, INSIDES
 from halfstep.numerics import dropouts, losses, scaled_attention, traced
 from halfstep.numerics.kernels import PLAIN, Kernels
@@ -115,7 +119,22 @@ def get_routes() -> list[dict[str, Any]]:
 
 
 def put_back_routes(saved: Iterable[Mapping[str, Any]]) -> None:
-    """Take over what `get_routes` gave; shapes that are not in it stay as they are."""
+    """Take over what `get_routes` gave; shapes that are not in it stay as they are.
+
+    Warns of what another version has saved in other words: to train on is worth more than to repeat its roundings.
+    """
+    keys, unknown = {field.name for field in fields(scaled_attention.Shape)}, 0
     for values in saved:
-        shape = scaled_attention.Shape(**{key: value for key, value in values.items() if key != "route"})
-        scaled_attention.ROUTES[shape] = values["route"]
+        shape = {key: value for key, value in values.items() if key != "route"}
+        if shape.keys() == keys and values.get("route") in get_args(scaled_attention.Route):
+            scaled_attention.ROUTES[scaled_attention.Shape(**shape)] = values["route"]
+        else:
+            unknown += 1
+    if unknown:
+        warnings.warn(
+            f"{unknown} of the ways of attention in the saved state are described by other keys than route and "
+            f"{', '.join(sorted(keys))}, as another version of halfstep does it; they are timed again: load the state with "
+            "that version to go on bit for bit",
+            PrecisionWarning,
+            stacklevel=3,
+        )

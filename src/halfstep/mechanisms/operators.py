@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import UnsupportedError, describe_unknown
 from halfstep.insides import BACKWARD, INSIDES
+from halfstep.numerics.kernels import PLAIN
 from halfstep.numerics.operations import DIFFERENCES, TABLE, Policy
 
 Function = Callable[..., Any]
@@ -50,6 +51,9 @@ def _spell(name: str) -> Iterator[Function]:
 
 _OPERATORS = {"reciprocal": "__rdiv__"}  # 1 / x
 
+
+_OPERATIONS: Mapping[Function, str] = {F.cross_entropy: "cross_entropy_loss"}
+"""Function of torch's in Python -> the one operation that it is made of."""
 
 POLICIES: Mapping[Function, Policy] = {
     function: operation.policy for name, operation in TABLE.items() for function in _spell(name)
@@ -126,6 +130,9 @@ class OperatorMode:
             what rounds them further rounds once. One for torch.matmul is one for Tensor.matmul and `@` too. What it
             calls of torch runs under torch.autocast in the compute format. Inside compiled code it is given inputs that
             the policy has cast: a backend may run its calls under this mode once more.
+        equals: torch function -> function that computes the same up to rounding, as those of `mechanisms.functions`: it is
+            given inputs that the policy has cast, and nothing it calls is cast any more. Compiled code and subclasses of Tensor
+            keep torch's own.
 
     Weights are cast once in the outermost block. A module may hold a mode and enter it in its forward pass; copies share
     nothing. The innermost block decides, of modes and of torch.autocast. For the backward pass there is `stand_by`.
@@ -141,18 +148,21 @@ class OperatorMode:
     Raises UnsupportedError for another format or device.
     """
 
-    def __init__(self, compute: str, device_type: str, replacements: Mapping[Function, Function] | None = None) -> None:
+    def __init__(
+        self, compute: str, device_type: str, replacements: Mapping[Function, Function] | None = None,
+        equals: Mapping[Function, Function] | None = None,
+    ) -> None:  # fmt: skip
         if compute not in _DTYPES:
             raise UnsupportedError(describe_unknown("compute format of operations", compute, _DTYPES))
         if not hasattr(Tensor, f"is_{device_type}"):
             raise UnsupportedError(f"operations on '{device_type}' are not told apart; allowed: cpu, cuda, mps, xpu")
         self.compute, self.device_type = compute, device_type
-        self.replacements = dict(replacements or {})
-        self._follower = _Follower(compute, device_type, self.replacements)
+        self.replacements, self.equals = dict(replacements or {}), dict(equals or {})
+        self._follower = _Follower(compute, device_type, self.replacements, self.equals)
         self._local = _Entered()
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, dict[Function, Function]]]:
-        return type(self), (self.compute, self.device_type, self.replacements)
+    def __reduce__(self) -> tuple[type, tuple[str, str, dict[Function, Function], dict[Function, Function]]]:
+        return type(self), (self.compute, self.device_type, self.replacements, self.equals)
 
     def __repr__(self) -> str:
         return f"OperatorMode({self.compute}, {self.device_type}, {len(self.replacements)} replacements)"
@@ -195,17 +205,26 @@ class _Entered(threading.local):
 class _Follower(TorchFunctionMode):
     """What sees every operation. It enters and leaves as torch has made it: torch.compile would pass over anything else."""
 
-    def __init__(self, compute: str, device_type: str, replacements: Mapping[Function, Function]) -> None:
+    def __init__(
+        self,
+        compute: str,
+        device_type: str,
+        replacements: Mapping[Function, Function],
+        equals: Mapping[Function, Function],
+    ) -> None:
         super().__init__()
         self.compute, self.device_type = compute, device_type
-        self.key: _Key = (compute, device_type, next(_numbers) if replacements else 0)
+        self.key: _Key = (compute, device_type, next(_numbers) if replacements or equals else 0)
         self._dtype, self._is_here = _DTYPES[compute], f"is_{device_type}"
         self._calls = _respell(replacements)
+        self._equals = {theirs: ours for theirs, ours in equals.items() if theirs not in self._calls}
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in self._equals and all(kind in PLAIN for kind in types) and not torch.compiler.is_compiling():
+            return self._run_equal(func, args, kwargs)
         policy, call = POLICIES.get(func), self._calls.get(func, func)
         if policy is None and call is func:
             if isinstance(func, FunctionType):
@@ -219,6 +238,15 @@ class _Follower(TorchFunctionMode):
         if policy is not None and policy != "as is" and not as_they_are:
             args, kwargs = self._cast((args, kwargs), self._choose_dtype(policy, (args, kwargs)))
         return self._run(call, args, kwargs, autocast=as_they_are and self.compute != "fp32")
+
+    def _run_equal(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the table says of a function holds for its equal too, also where torch's is written in Python."""
+        if not self._decides():
+            return func(*args, **kwargs)
+        policy = TABLE[_OPERATIONS[func]].policy if func in _OPERATIONS else POLICIES.get(func, "as is")
+        if policy != "as is":
+            args, kwargs = self._cast((args, kwargs), self._choose_dtype(policy, (args, kwargs)))
+        return self._run(self._equals[func], args, kwargs)
 
     def _run(self, call: Function, args: tuple[Any, ...], kwargs: dict[str, Any], *, autocast: bool = False) -> Any:
         """Call what follows the table already, or sees to itself, with no mode casting any more."""
@@ -250,7 +278,7 @@ class _Follower(TorchFunctionMode):
         A backward pass always sees it: it may call what restores autocast's state by itself.
         """
         inside = INSIDES.get(func)
-        is_left = any(kind not in (Tensor, torch.nn.Parameter) for kind in types)  # to a class that looks after it
+        is_left = any(kind not in PLAIN for kind in types)  # to a class that looks after it
         if inside is None or is_left or not (func in BACKWARD or self._decides()):
             is_traced = func is Tensor.unflatten and torch.compiler.is_compiling()  # which cannot trace it under a mode
             return torch.unflatten(*args, **kwargs) if is_traced else func(*args, **kwargs)

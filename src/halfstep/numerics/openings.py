@@ -23,11 +23,14 @@ Places = Mapping[nn.Parameter, tuple[list[nn.Parameter], int]]  # parameter -> t
 
 
 def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Bring the floating-point states that have a parameter's shape to `dtype`: what the optimizer sees it in."""
+    """Bring the floating-point states that have a parameter's shape to `dtype`, what the optimizer sees it in, and to the
+    parameter's strides: fused kernels walk through memory, not through indices."""
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape and key != "step":
-            state[key] = value.to(dtype)
+            laid_out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            is_so = value.is_sparse or value.stride() == laid_out.stride()
+            state[key] = value.to(dtype) if is_so else laid_out.copy_(value)
 
 
 @contextmanager

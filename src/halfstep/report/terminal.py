@@ -118,8 +118,9 @@ def describe_compute(layer: LayerRecord) -> str:
 
 
 def describe_storage(layer: LayerRecord) -> str:
-    """Storage and master in words: "fp32", or "bf16 + split"."""
-    return layer.storage if layer.storage == "fp32" else f"{layer.storage} + {layer.master}"
+    """Storage, master and memory format in words: "fp32", or "bf16 + split, channels_last"."""
+    stored = layer.storage if layer.storage == "fp32" else f"{layer.storage} + {layer.master}"
+    return f"{stored}, {layer.memory_format}" if layer.memory_format else stored
 
 
 def group_layers(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
