@@ -5,7 +5,7 @@
     torch-amp            as documented: bf16 autocast around forward pass and loss
     torch-amp-tuned      the same with the settings of fp32-tuned
     torch-amp-compile    the same with torch.compile on the model, for fixed shapes
-    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned
+    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned, and the pool for large tensors
     halfstep-compile     the same, and torch.compile after the first step, when "auto" has chosen: before, it cannot be traced,
                          and a model that was compiled before `prepare` would be timed by "auto" while it compiles
 
@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,8 @@ def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
 def tuned(arm: Arm, threads: int) -> Iterator[None]:
     """The process settings of an arm."""
     with ExitStack() as stack:
-        stack.enter_context(halfstep.tune_process(allocator=arm.tuned, threads=threads))
+        allocator: Literal["pool", "glibc", False] = "pool" if arm.halfstep else "glibc" if arm.tuned else False
+        stack.enter_context(halfstep.tune_process(allocator=allocator, threads=threads))
         yield
 
 

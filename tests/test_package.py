@@ -51,6 +51,7 @@ SPINE = [
     "numerics.lookup",
     "numerics.recurrence",
     "machine.hardware",
+    "machine.pool",
     "machine.runtime",
     "snapshot",
     "distributed",
