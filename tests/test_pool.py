@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from halfstep.errors import ModelError
 from halfstep.machine import pool
-from halfstep.machine.runtime import HeapTrimmer, read_peak_memory, release_memory, tune_process
+from halfstep.machine.runtime import Arena, HeapTrimmer, read_peak_memory, release_memory, tune_process
 from halfstep.numerics import kernels
 
 GRAIN = 128
@@ -149,6 +149,13 @@ def test_torchs_profiler_sees_the_memory() -> None:
         make(1 << 20)
     found = [e.self_cpu_memory_usage for e in profile.key_averages() if e.key == "aten::empty"]
     assert found and max(found) >= 1 << 20
+
+
+@pytest.mark.usefixtures("opened")
+def test_buffers_that_live_long_lie_in_the_pool_too() -> None:
+    before, buffer = usage().taken, Arena().allocate(LARGE)
+    assert usage().taken == before + LARGE + GRAIN
+    assert (buffer.dtype, len(buffer)) == (torch.uint8, LARGE)
 
 
 @pytest.mark.usefixtures("opened")

@@ -84,7 +84,8 @@ class Arena:
     Buffers that outlive what was allocated around them would leave holes in the heap that nothing fits into: small ones that a
     forward pass leaves behind for the backward pass kept as much heap from being used again as they had saved. Here they lie
     one behind the other in slabs, on huge pages where the system has them (faulting 4 KiB pages in takes about ten times as
-    long); a slab is given back to the system with the last buffer that lies in it.
+    long); a slab is given back to the system with the last buffer that lies in it. While the pool is open buffers lie in that,
+    which uses what they leave for whatever comes next.
 
     slab: bytes of a slab; a larger buffer has one of its own.
 
@@ -104,6 +105,8 @@ class Arena:
 
     def allocate(self, count: int) -> Tensor:
         """[count] uint8, not filled; it begins at a multiple of 64 bytes."""
+        if pool.is_open():
+            return torch.empty(count, dtype=torch.uint8, device="cpu")
         with self._lock:
             if self._current is None or self._free + count > len(self._current):
                 self._current, self._free = _map_memory(max(count, self.slab)), 0

@@ -11,7 +11,8 @@
 
 As in torch, a query that may see no key gets zeros; causal counts from the first key, also where queries and keys are
 unequally many; dropout comes after the softmax. The factors are those of `dropouts`: two keys, drawn from
-torch's generator once a call, and noise computed again in the backward pass. What is kept is the inputs and the weights.
+torch's generator once a call, and noise computed again in the backward pass. What is kept is the inputs and the weights, in fewer
+bits where activations are saved so.
 
 torch's fused kernel keeps no weights and wins for long sequences; for short ones two large products beat it, and with dropout it
 leaves its fast path. So with dropout this way is taken always; without it both are timed, once for every shape and with the
@@ -39,6 +40,7 @@ from halfstep.errors import UnsupportedError
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
 from halfstep.numerics.kernels import COUNT, FLOAT, INT, PLAIN, POINTER, WORD, Kernels, find_obstacle
 from halfstep.numerics.noise import draw_noise
+from halfstep.numerics.packing import mark_activations
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}  # of masks, as in scaled_attention.c
@@ -261,6 +263,7 @@ class _Attention(torch.autograd.Function):
             weights = torch.bmm(q, k.mT)
             dropped = _weigh_keys(_take_functions(), weights, mask, rule, query.shape[:-2])
             out = torch.bmm(dropped, v)
+        mark_activations(q, k, v, weights)
         ctx.save_for_backward(q, k, v, weights)
         ctx.rule, ctx.batch = rule, query.shape[:-2]
         return out.view(*ctx.batch, *out.shape[1:])
