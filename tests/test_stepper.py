@@ -1642,8 +1642,9 @@ def test_saved_and_release_work_together(mode: str) -> None:
         )
     assert_same(found[0][0], found[1][0])
     assert found[0][1]["int8"] < 0.53 and not found[2][1]
-    assert any(not torch.equal(a, b) for a, b in zip(found[0][0].values(), found[2][0].values(), strict=True))
-    assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(found[0][0].values(), found[2][0].values(), strict=True))
+    rounded, exact = (torch.cat([w.float().flatten() for w in found[i][0].values()]) for i in (0, 2))
+    moved = exact - torch.cat([p.detach().flatten() for p in make_wide().parameters()])
+    assert 0 < (rounded - exact).norm() < 0.2 * moved.norm()
 
 
 def test_saved_is_for_what_no_rule_speaks_of_and_outlives_another_plan() -> None:
