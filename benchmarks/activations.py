@@ -9,7 +9,9 @@ compared with the torch-amp run of their round.
 
     activation memory    peak resident memory, less that of torch-amp with a batch of one sequence
     time                 the median step, without the first two; CPU time beside it, which other work on the machine disturbs less
-    int8-untrimmed       the heap is left as the C library keeps it
+    torch-amp            as documented, nothing set
+    torch-amp-pool       large tensors come from halfstep's pool, as in the arms in fewer bits
+    int8-trimmed         without the pool: the heap of the C library, trimmed while it is fragmented
     loss                 mean over the last quarter of the steps
 """
 
@@ -30,25 +32,30 @@ from typing import Any
 import torch
 
 from halfstep.machine.hardware import name_machine, read_load
-from halfstep.machine.runtime import read_peak_memory
+from halfstep.machine.runtime import read_peak_memory, tune_process
 from halfstep.mechanisms.activations import Keeper
 from halfstep.numerics.packing import KERNELS, pack_groups, unpack_groups
 from halfstep.tasks.text_generation import Options, TextGeneration
 from halfstep.training import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-ARMS = {"torch-amp": "", "bf16": "bf16", "int8": "int8", "int4": "int4", "int8-untrimmed": "int8"}
+ARMS = {"torch-amp": "", "torch-amp-pool": "", "bf16": "bf16", "int8": "int8", "int4": "int4", "int8-trimmed": "int8"}
+PLAIN = ("torch-amp", "int8-trimmed")  # without the pool
 MIB = 2**20
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """One run, in this process."""
-    torch.set_num_threads(options.threads)
+    with tune_process(allocator=options.arm not in PLAIN and "pool", threads=options.threads):
+        return train_arm(options)
+
+
+def train_arm(options: argparse.Namespace) -> dict[str, Any]:
     settings = TrainSettings(seed=options.seed, batch_size=options.batch, steps=options.steps)
     task = TextGeneration(Options(layers=options.layers, width=options.width, context=options.context), settings)
     model = task.build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    keeper = Keeper(model, {"": ARMS[options.arm]}, seed=options.seed, trim=not options.arm.endswith("untrimmed"))
+    keeper = Keeper(model, {"": ARMS[options.arm]}, seed=options.seed)
     losses, seconds, busy = [], [], []
     for step in range(options.steps):
         batch = task.make_batch(step)

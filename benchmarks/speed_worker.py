@@ -5,8 +5,9 @@
     torch-amp            as documented: bf16 autocast around forward pass and loss
     torch-amp-tuned      the same with the settings of fp32-tuned
     torch-amp-compile    the same with torch.compile on the model, for fixed shapes
-    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned
-    halfstep-compile     the same, and torch.compile after the first step, when "auto" has chosen: before, it cannot be traced,
+    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned, and the pool for large tensors
+    halfstep-memory      the same, activations saved in int8 and gradients released: `prepare(..., saved="int8", release=True)`
+    halfstep-compile     halfstep, and torch.compile after the first step, when "auto" has chosen: before, it cannot be traced,
                          and a model that was compiled before `prepare` would be timed by "auto" while it compiles
 
 Timed is a step from the batch that is already there to cleared gradients. Every step begins with the same state of the random
@@ -21,7 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Arm:
     autocast: bool = False
     compiled: bool = False
     halfstep: bool = False
+    small: bool = False
 
 
 ARMS = {
@@ -56,6 +58,7 @@ ARMS = {
     "torch-amp-tuned": Arm(tuned=True, autocast=True),
     "torch-amp-compile": Arm(tuned=True, autocast=True, compiled=True),
     "halfstep": Arm(tuned=True, halfstep=True),
+    "halfstep-memory": Arm(tuned=True, halfstep=True, small=True),
     "halfstep-compile": Arm(tuned=True, compiled=True, halfstep=True),
 }
 
@@ -89,9 +92,11 @@ class TorchTrainer:
 class HalfstepTrainer:
     """A network trained by a stepper."""
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: list[Optimizer], *, compiled: bool = False, small: bool = False
+    ) -> None:
         self.model, self.compiled = model, compiled
-        self.stepper = halfstep.prepare(model, optimizers, "auto")
+        self.stepper = halfstep.prepare(model, optimizers, "auto", saved="int8" if small else None, release=small)
 
     def autocast(self) -> AbstractContextManager[object]:
         return self.stepper.autocast()
@@ -129,7 +134,7 @@ def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
     trainers: dict[str, Trainer] = {}
     for name, model in models.items():
         if arm.halfstep:
-            trainers[name] = HalfstepTrainer(model, optimizers[name], compiled=arm.compiled)
+            trainers[name] = HalfstepTrainer(model, optimizers[name], compiled=arm.compiled, small=arm.small)
         else:
             trainer = TorchTrainer(model, optimizers[name], arm, apart=arm.tuned and len(models) > 1)
             if arm.compiled:
@@ -142,7 +147,8 @@ def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
 def tuned(arm: Arm, threads: int) -> Iterator[None]:
     """The process settings of an arm."""
     with ExitStack() as stack:
-        stack.enter_context(halfstep.tune_process(allocator=arm.tuned, threads=threads))
+        allocator: Literal["pool", "glibc", False] = "pool" if arm.halfstep else "glibc" if arm.tuned else False
+        stack.enter_context(halfstep.tune_process(allocator=allocator, threads=threads))
         yield
 
 

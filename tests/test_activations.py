@@ -18,6 +18,8 @@ from halfstep.control.sensitivity import measure_saved_costs
 from halfstep.errors import PlanError, UnsupportedError
 from halfstep.mechanisms import activations
 from halfstep.mechanisms.activations import SMALLEST, Keeper
+from halfstep.numerics import scaled_attention
+from halfstep.numerics.packing import mark_activations
 from halfstep.records import SavedRecord
 from helpers import has_hooks, seeded
 
@@ -627,6 +629,69 @@ def test_a_harm_that_was_extrapolated_is_that_which_is_measured() -> None:
     seeds = [Keeper(model, table, seed=seed) for seed in range(8)]
     found = sum(find_error(differentiate(model, x, keeper)[1:], exact) for keeper in seeds) / len(seeds)
     assert found == pytest.approx(cost.harm["int8"], rel=0.3)
+
+
+class KeepsSquares(torch.autograd.Function):
+    """Saves a tensor that it has made itself, and so has no graph."""
+
+    marked = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        squares = x * x
+        if KeepsSquares.marked:
+            mark_activations(squares)
+        ctx.save_for_backward(squares)
+        return squares * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (squares,) = ctx.saved_tensors
+        found: Tensor = 3 * squares * gradients[0]
+        return found
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_a_function_has_marked_is_rounded_though_it_has_no_graph(
+    monkeypatch: pytest.MonkeyPatch, marked: bool
+) -> None:
+    monkeypatch.setattr(KeepsSquares, "marked", marked)
+
+    class Cube(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = KeepsSquares.apply(x)
+            return found
+
+    model, x = nn.Sequential(nn.Linear(64, 256), Cube()), torch.randn(256, 64)
+    keeper = Keeper(model, {"": "int8"})
+    with keeper.keep(measure=True):
+        model(x).sum().backward()
+    (record,) = [r for r in keeper.records if r.path == "1"]
+    assert (record.format, record.why) == (("int8", "") if marked else ("", "no graph"))
+    assert (record.kept < 0.27 * record.bytes) == marked
+
+
+def test_fast_attention_lets_its_weights_be_rounded() -> None:
+    """[2, 4, 128, 32]: q, k, v and 128 x 128 weights, none of which has a graph where they are saved."""
+
+    class Attend(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.reshape(2, 128, 4, 32).transpose(1, 2) for part in x.chunk(3, -1))
+            return scaled_attention.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
+
+    model, x = nn.Sequential(nn.Linear(16, 384), Attend()), torch.randn(2, 128, 16)
+    gradients = []
+    for table in ({"": ""}, {"": "int8"}):
+        keeper = Keeper(model, table)
+        model.zero_grad()
+        torch.manual_seed(0)  # of the dropout
+        with keeper.keep():
+            model(x).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    if scaled_attention.KERNELS.library.functions is None:
+        pytest.skip("torch's own attention")
+    assert next((r.tensors, r.format) for r in keeper.records if r.path == "1") == (4, "int8")
+    assert 0 < find_error(gradients[1], gradients[0]) < 1e-3
 
 
 def test_records_say_what_was_kept() -> None:

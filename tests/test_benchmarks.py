@@ -202,7 +202,7 @@ def test_every_workload_trains_in_every_arm(name: str, arm: str) -> None:
     found = measure(SMALL[name], ARMS[arm], warmup=1, steps=1, start=arm == "fp32")
     assert math.isfinite(found["loss"]) and found["step_ms"] > 0
     assert len(found["losses"]) == 2 and all(map(math.isfinite, found["losses"]))
-    assert ("plans" in found) == (arm == "halfstep") and ("start_loss" in found) == (arm == "fp32")
+    assert ("plans" in found) == ARMS[arm].halfstep and ("start_loss" in found) == (arm == "fp32")
 
 
 @pytest.mark.parametrize("arm", ["torch-amp-compile", "halfstep-compile"])

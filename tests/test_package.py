@@ -56,6 +56,7 @@ SPINE = [
     "numerics.lookup",
     "numerics.recurrence",
     "machine.hardware",
+    "machine.pool",
     "machine.runtime",
     "snapshot",
     "distributed",

@@ -98,7 +98,7 @@ def test_nothing_is_touched_when_nothing_is_asked_for(allocator: list[dict[int, 
 
 
 def test_allocator_goes_back_to_its_defaults(allocator: list[dict[int, int]]) -> None:
-    with tune_process() as settings:
+    with tune_process(allocator="glibc") as settings:
         assert settings == {"allocator": "glibc keeps freed blocks"}
         assert allocator == [runtime._KEEP_BLOCKS]
     assert allocator == [runtime._KEEP_BLOCKS, runtime._GLIBC_DEFAULTS]
@@ -124,7 +124,7 @@ def test_defaults_name_every_threshold_that_is_moved() -> None:
 
 def test_allocator_of_another_c_library_is_left_alone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    with tune_process() as settings:
+    with tune_process(allocator="glibc") as settings:
         assert settings == {"allocator": "untouched: the C library does not take it"}
 
 

@@ -1622,6 +1622,59 @@ def test_release_never_holds_two_gradients() -> None:
     assert max(alive) <= 1
 
 
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", SPLIT])
+def test_saved_and_release_work_together(mode: str) -> None:
+    """Activations in 8 bits, and no two gradients at a time: the steps are those of the same format without release."""
+    batches = [
+        (torch.randn(4096, 8, generator=torch.Generator().manual_seed(i)), torch.zeros(4096, 3)) for i in range(4)
+    ]
+    found = []
+    for saved, release in (("int8", True), ("int8", False), (None, False)):
+        model = make_wide()
+        stepper = prepare(model, make_adamw(model), mode, saved=saved, release=release)
+        assert all(outcome.applied for outcome in train(stepper, batches))
+        keeper = stepper.conversion.keeper
+        found.append(
+            (
+                copy_weights(model),
+                {} if keeper is None else {r.format: r.kept / r.bytes for r in keeper.records if r.format and r.bytes},
+            )
+        )
+    assert_same(found[0][0], found[1][0])
+    assert found[0][1]["int8"] < 0.53 and not found[2][1]
+    rounded, exact = (torch.cat([w.float().flatten() for w in found[i][0].values()]) for i in (0, 2))
+    moved = exact - torch.cat([p.detach().flatten() for p in make_wide().parameters()])
+    assert 0 < (rounded - exact).norm() < 0.2 * moved.norm()
+
+
+def test_saved_is_for_what_no_rule_speaks_of_and_outlives_another_plan() -> None:
+    model = make_wide()
+    stepper = prepare(model, make_adamw(model), "path=2 saved=fp32\ncompute=bf16", saved="int8")
+    assert [stepper.conversion.table[path].saved for path in ("0", "2")] == ["int8", "fp32"]
+    stepper.adopt(stepper.plan)
+    assert str(stepper.plan).count("saved=int8") == 1  # not once more each time
+    stepper.adopt(Plan.preset("32-true"))
+    assert stepper.conversion.table["2"].saved == "int8"
+
+
+def test_saved_is_said_of_the_plan_that_auto_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = Choice(plan=Plan.parse("compute=bf16 storage=bf16 master=split"), why="as told", seconds=0.0)
+    monkeypatch.setattr(plan_in_force, "choose_plan", lambda *_, **__: choice)
+    monkeypatch.setattr(plan_in_force, "get_profile", lambda _: None)
+    model = make_wide()
+    stepper = prepare(model, make_adamw(model), "auto", saved="int8", release=True)
+    train(stepper, [(torch.randn(4096, 8), torch.zeros(4096, 3))])
+    keeper = stepper.conversion.keeper
+    assert keeper is not None and any(r.format == "int8" for r in keeper.records)  # of the first batch already
+
+
+@pytest.mark.parametrize(("saved", "error"), [("int9", FormatError), ("fp8_e4m3", PlanError)])
+def test_a_saved_format_that_there_is_not_is_refused_at_once(saved: str, error: type[Exception]) -> None:
+    model = make_wide()
+    with pytest.raises(error, match="int8"):
+        prepare(model, make_adamw(model), "auto", saved=saved)
+
+
 def test_release_leaves_out_a_gradient_that_is_not_finite_and_skips_a_loss_that_is_not() -> None:
     model = make_wide()
     stepper = prepare(model, make_adamw(model), "bf16-mixed", release=True)

@@ -43,6 +43,7 @@ from halfstep.stepping.gradient_release import Release
 from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import (
     Options,
+    read_saved,
     require_alone,
     require_possible,
     require_stand_ins,
@@ -450,6 +451,7 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     release: bool = False,
     profile: HardwareProfile | None = None,
     recovery: str | None = None,
+    saved: str | None = None,
     ranks: Ranks | None = None,
 ) -> Stepper:
     """Make a model and its optimizer train under a plan.
@@ -471,6 +473,8 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         profile: the machine as measured; "auto" reads the cached one, or probes for three seconds.
         recovery: what is done about failures that come back, in place of what the plan says: "skip", "back-off", "roll-back",
             "widen" or "stop", as `control.controller` defines them.
+        saved: format in which activations wait for the backward pass where no rule of the plan says so, also of the one that
+            "auto" finds: "bf16", "int8" or "int4". With `release` the smallest process at little cost in time.
         ranks: the processes that train this model together, which agree on every step: all of them where torch.distributed
             is initialised, a `distributed.Group(process_group)`, or `distributed.Alone()`.
 
@@ -489,7 +493,7 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     options = Options(
         accumulate=accumulate, clip=clip, release=release, profile=profile, ranks=ranks,
         schedulers=take_several(schedulers, LRScheduler), averages=take_several(averages, AveragedModel),
-        recovery=None if recovery is None else find_policy(recovery),
+        recovery=None if recovery is None else find_policy(recovery), saved=None if saved is None else read_saved(saved),
     )  # fmt: skip
     require_possible(options, model, optimizers)
     stepper = Stepper(model, optimizers, options)

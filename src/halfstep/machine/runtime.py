@@ -1,7 +1,8 @@
 """Process-wide settings that decide how fast training runs: set on entry, restored on exit, each with its reason.
 
     allocator           glibc returns large blocks to the system after every operation, so that the next one faults its
-                        pages in again; raising the mmap and trim thresholds keeps them (mallopt(3)).
+                        pages in again; raising the mmap and trim thresholds keeps them (mallopt(3)), and large tensors
+                        come from a pool that leaves few holes (`pool`).
     threads             torch's intra-operation threads.
     flush_denormals     subnormal fp32 operands cost tens of cycles each on x86.
 
@@ -16,14 +17,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from halfstep.errors import ModelError
+from halfstep.errors import ModelError, describe_unknown
+from halfstep.machine import pool
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GLIBC_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10}
+ALLOCATORS = (True, False, "pool", "glibc")
 _KEEP_BLOCKS = {_M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 16 << 20, _M_MMAP_THRESHOLD: 1 << 30}
 
 
@@ -37,9 +41,13 @@ def _mallopt(values: dict[int, int]) -> bool:
 
 @contextmanager
 def tune_process(
-    *, allocator: bool = True, threads: int | None = None, flush_denormals: bool = False
+    *, allocator: bool | Literal["pool", "glibc"] = True, threads: int | None = None, flush_denormals: bool = False
 ) -> Iterator[dict[str, str]]:
     """Apply settings for the length of a `with` block; yields {setting: what was done and why}.
+
+    allocator: "glibc": thresholds of the C library alone; "pool" or True: the pool for large tensors too; False: untouched.
+    threads: of torch inside an operation; None leaves them.
+    flush_denormals: whether subnormal fp32 numbers count as zero.
 
     Examples:
         >>> with tune_process(allocator=False, threads=1) as settings:
@@ -48,12 +56,17 @@ def tune_process(
     """
     if threads is not None and threads < 1:
         raise ModelError(f"threads must be at least 1; got {threads}")
+    if allocator not in ALLOCATORS:
+        raise ModelError(describe_unknown("allocator", str(allocator), [str(known) for known in ALLOCATORS]))
     settings: dict[str, str] = {}
     with ExitStack() as restore:
         if allocator:
             restore.callback(_mallopt, _GLIBC_DEFAULTS)
             kept = _mallopt(_KEEP_BLOCKS)
             settings["allocator"] = "glibc keeps freed blocks" if kept else "untouched: the C library does not take it"
+        if allocator in (True, "pool"):
+            why = restore.enter_context(pool.open_pool())
+            settings["pool"] = f"none: {why}" if why else "large tensors lie in it"
         if threads is not None:
             restore.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
@@ -71,7 +84,8 @@ class Arena:
     Buffers that outlive what was allocated around them would leave holes in the heap that nothing fits into: small ones that a
     forward pass leaves behind for the backward pass kept as much heap from being used again as they had saved. Here they lie
     one behind the other in slabs, on huge pages where the system has them (faulting 4 KiB pages in takes about ten times as
-    long); a slab is given back to the system with the last buffer that lies in it.
+    long); a slab is given back to the system with the last buffer that lies in it. While the pool is open buffers lie in that,
+    which uses what they leave for whatever comes next.
 
     slab: bytes of a slab; a larger buffer has one of its own.
 
@@ -91,6 +105,8 @@ class Arena:
 
     def allocate(self, count: int) -> Tensor:
         """[count] uint8, not filled; it begins at a multiple of 64 bytes."""
+        if pool.is_open():
+            return torch.empty(count, dtype=torch.uint8, device="cpu")
         with self._lock:
             if self._current is None or self._free + count > len(self._current):
                 self._current, self._free = _map_memory(max(count, self.slab)), 0
@@ -117,7 +133,8 @@ def _flushes_denormals() -> bool:
 
 
 def release_memory() -> None:
-    """Give freed heap pages back to the system where the C library can (malloc_trim(3)); after a burst of odd sizes."""
+    """Give freed pages back to the system, those of the heap where the C library can (malloc_trim(3)): after odd sizes."""
+    pool.release_pool()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -146,8 +163,8 @@ class HeapTrimmer:
         self._works = platform.libc_ver()[0] == "glibc" and self._statm.exists()
 
     def look(self) -> None:
-        """Read resident memory, about 20 microseconds, and trim if it is above the limit."""
-        if self._works and self._read_resident() > self._limit:
+        """Read resident memory, about 20 microseconds, and trim if it is above the limit; nothing where the pool is open."""
+        if self._works and not pool.is_open() and self._read_resident() > self._limit:
             release_memory()
             self.trims += 1
             self._limit = max(self._limit, (1 + self.SLACK) * self._read_resident())

@@ -18,7 +18,8 @@ which numbers are positive. Left as they are, each by a rule of `_find_exception
     small        under 32 KiB
     weight       a view or a cast of a parameter: rounding noise would be the same for the whole batch
     expanded     larger than the memory behind it
-    no graph     floats that need no gradient: means and rstd of norms, log-sum-exp of attention
+    no graph     floats that need no gradient: means and rstd of norms, log-sum-exp of attention; but not what a function of our
+                 own has marked as activations (`packing.mark_activations`)
     statistic    last dimension 1: means and variances that scale whole rows
     logarithm    log-softmax: an error of e in log p changes the gradient by a factor of exp(e)
     in place     a view that was changed in place: it does not say by what, and it may have been ReLU
@@ -56,7 +57,7 @@ from halfstep.errors import PlanError, UnsupportedError, describe_unknown
 from halfstep.machine.runtime import Arena, HeapTrimmer
 from halfstep.numerics.kernels import Allocate
 from halfstep.numerics.noise import derive_keys
-from halfstep.numerics.packing import Groups, pack_bits, pack_groups, unpack_bits, unpack_groups
+from halfstep.numerics.packing import Groups, is_marked, pack_bits, pack_groups, unpack_bits, unpack_groups
 from halfstep.records import SavedRecord
 
 BITS = {"int8": 8, "int4": 4}
@@ -240,7 +241,7 @@ class _Pass:
             path = self.running[-1] if self.running else ""
             why = self._find_exception(x, path)
             if not why:
-                packed = self._pack(x.detach(), path, x.grad_fn)
+                packed = self._pack(x.detach(), path, x.grad_fn, marked=is_marked(x))
                 if packed is not None:
                     return packed
                 why = "no graph" if x.is_floating_point() and x.grad_fn is None else "narrow"
@@ -299,14 +300,14 @@ class _Pass:
         # the node of a view that was changed in place is made when it is asked for: just now
         return "in place" if operation == "AsStrided" and _is_own_result(x.grad_fn) else ""
 
-    def _pack(self, x: Tensor, path: str, node: Any) -> _Packed | None:
+    def _pack(self, x: Tensor, path: str, node: Any, *, marked: bool) -> _Packed | None:
         """A tensor in fewer bits; None where that gains nothing."""
         format = self.keeper.table[path]
         if not x.is_floating_point():
             format = "bits" if x.dtype is torch.bool else "integers"
-        elif node is None:
+        elif node is None and not marked:
             format = "two values"
-        elif _name_operation(node) == "Relu" and _is_own_result(node):
+        elif node is not None and _name_operation(node) == "Relu" and _is_own_result(node):
             format = "positive"
         elif format == "bf16" and x.dtype is not torch.float32:
             return None

@@ -20,7 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,10 @@ class Kernels:
         "torch: there is no 'missing.c'"
     """
 
+    language = "C"
+    compilers: tuple[str, ...] = ()  # those to look for; none: COMPILERS
+    libraries: tuple[str, ...] = ("-lm",)
+
     def __init__(
         self, source: str, signatures: Mapping[str, Sequence[Any]], agrees: Callable[[ctypes.CDLL], bool]
     ) -> None:
@@ -84,6 +88,11 @@ class Kernels:
     def library(self) -> Library:
         """Compiled if need be, once a process and mostly once a machine."""
         return self.find(Path(platformdirs.user_cache_dir("halfstep")))
+
+    @property
+    def ways(self) -> Iterable[tuple[str, ...]]:
+        """Flags of the compiler, the best ones first."""
+        return [(*FLAGS, *extra) for extra in TRIES]
 
     def take(self, *tensors: Tensor) -> ctypes.CDLL | None:
         """The functions, if they can work on these tensors: on the processor, in one stretch of memory."""
@@ -99,19 +108,19 @@ class Kernels:
         """The kernels kept in a folder, compiled into it where they are missing; without a word where that cannot be done."""
         if not self.source.exists():
             return Library(None, f"there is no '{self.source.name}'")
-        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        compilers = self.compilers or COMPILERS
+        compiler = next(filter(None, map(shutil.which, compilers)), None)
         if compiler is None:
-            return Library(None, f"no C compiler was found (looked for {', '.join(COMPILERS)})")
+            return Library(None, f"no {self.language} compiler was found (looked for {', '.join(compilers)})")
         failure = ""
-        for extra in TRIES:
-            flags = (*FLAGS, *extra)
+        for flags in self.ways:
             try:
                 functions = self._open(self._compile(compiler, flags, folder))
             except (OSError, AttributeError, subprocess.SubprocessError) as error:
                 failure = str(getattr(error, "stderr", "") or error).strip().partition("\n")[0]
                 continue
             if not self.agrees(functions):
-                failure = f"what was compiled does not compute what numerics/{self.source.stem}.py says"
+                failure = f"what was compiled does not compute what {self.source.stem}.py says"
                 continue
             return Library(functions, f"{compiler} {' '.join(flags)}")
         return Library(None, f"{compiler} failed: {failure}")
@@ -126,7 +135,7 @@ class Kernels:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / path.name
-            command = [compiler, *flags, f"-I{HOME}", str(self.source), "-o", str(made), "-lm"]
+            command = [compiler, *flags, f"-I{HOME}", str(self.source), "-o", str(made), *self.libraries]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             os.replace(made, path)
         return path

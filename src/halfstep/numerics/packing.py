@@ -48,6 +48,29 @@ class Groups:
         return self.codes.nbytes + self.scales.nbytes
 
 
+def mark_activations(*tensors: Tensor) -> None:
+    """Say of tensors that a function of our own saves, and that have no graph, that they may be rounded like any activation.
+
+    Examples:
+        >>> x = torch.zeros(2)
+        >>> mark_activations(x)
+        >>> is_marked(x), is_marked(x.clone())
+        (True, False)
+    """
+    for tensor in tensors:
+        tensor._is_activation = True  # type: ignore[attr-defined]
+
+
+def is_marked(tensor: Tensor) -> bool:
+    """Whether `mark_activations` was told so of this very tensor.
+
+    Examples:
+        >>> is_marked(torch.zeros(2))
+        False
+    """
+    return getattr(tensor, "_is_activation", False)
+
+
 def pack_groups_slowly(x: Tensor, bits: int, keys: tuple[int, int]) -> Groups:
     """[n] fp32, bf16 or fp16 -> groups, with the noise of the keys (`noise.derive_keys`).
 

@@ -11,7 +11,8 @@
 
 As in torch, a query that may see no key gets zeros; causal counts from the first key, also where queries and keys are
 unequally many; dropout comes after the softmax. The factors are those of `dropouts`: two keys, drawn from
-torch's generator once a call, and noise computed again in the backward pass. What is kept is the inputs and the weights.
+torch's generator once a call, and noise computed again in the backward pass. What is kept is the inputs and the weights, in fewer
+bits where activations are saved so.
 
 torch's fused kernel keeps no weights and wins for long sequences; for short ones two large products beat it, and with dropout it
 leaves its fast path. So with dropout this way is taken always; without it both are timed, once for every shape and with the
@@ -39,6 +40,7 @@ from halfstep.errors import UnsupportedError
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
 from halfstep.numerics.kernels import COUNT, FLOAT, INT, PLAIN, POINTER, WORD, Kernels, find_obstacle, hold_constant
 from halfstep.numerics.noise import draw_noise
+from halfstep.numerics.packing import mark_activations
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}  # of masks, as in scaled_attention.c
@@ -276,6 +278,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
         q, k, v = (t.contiguous() for t in (query, key, value))
         out, weights = attend(q, k, v, mask, rule)
+        mark_activations(q, k, v, weights)
         ctx.save_for_backward(q, k, v, weights)
         ctx.rule = rule
         return out

@@ -1,7 +1,7 @@
 """What may be asked of a stepper beside model, optimizers and plan, and what cannot be had."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 from halfstep.control.controller import Policy
 from halfstep.conversion import Conversion
 from halfstep.distributed import Ranks, find_ranks, is_sharded, is_wrapped
-from halfstep.errors import ModelError, UnsupportedError
+from halfstep.errors import ModelError, PlanError, UnsupportedError, describe_unknown
+from halfstep.mechanisms.activations import SAVED_FORMATS
 from halfstep.mechanisms.master_weights import PARAMETERWISE
 from halfstep.numerics.formats import find_format
-from halfstep.plan import Plan
+from halfstep.plan import Plan, Rule
 from halfstep.records import HardwareProfile
 from halfstep.stepping.optimizers import list_parameters
 from halfstep.window import SIXTEEN_BITS, Noting
@@ -34,11 +35,36 @@ class Options:
     release: bool = False
     profile: HardwareProfile | None = None
     recovery: Policy | None = None  # None: what the plan says
+    saved: Rule | None = None  # for activations of which no rule of the plan says anything
     ranks: Ranks | None = None  # None: all that there are
+
+    def complete(self, plan: Plan) -> Plan:
+        """The plan with what these options say of it.
+
+        Examples:
+            >>> [rule.saved for rule in Options(saved=Rule(saved="int8")).complete(Plan.parse("compute=bf16")).rules]
+            [None, 'int8']
+        """
+        last = () if self.saved is None or self.saved in plan.rules else (self.saved,)
+        return replace(plan, recovery=self.recovery or plan.recovery, rules=(*plan.rules, *last))
 
     def find_ranks(self) -> Ranks:
         """The processes that take their steps together, as things stand now."""
         return self.ranks or find_ranks()
+
+
+def read_saved(format: str) -> Rule:
+    """The rule for a format of saved activations. Raises FormatError or PlanError where there is none of that name.
+
+    Examples:
+        >>> read_saved("int8").saved
+        'int8'
+    """
+    rule = Rule(saved=format)
+    allowed = [*filter(None, SAVED_FORMATS), "fp32"]
+    if rule.saved not in allowed:
+        raise PlanError(describe_unknown("saved format", format, allowed))
+    return rule
 
 
 def require_trainable(model: nn.Module, optimizers: tuple[Optimizer, ...], given: object) -> None:

@@ -17,6 +17,7 @@ from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.distributed import is_inside_wrapper
 from halfstep.errors import ModelError, PlanError, describe_unknown
 from halfstep.machine.hardware import get_profile
+from halfstep.machine.runtime import release_memory
 from halfstep.plan import ALIASES, PRESETS, Plan
 from halfstep.rehearsals import REHEARSALS
 from halfstep.stepping.optimizers import Optimizers
@@ -53,7 +54,7 @@ class PlanInForce:
 
         Raises what `convert` raises; the plan before stays in force then.
         """
-        plan = replace(plan, recovery=self._options.recovery or plan.recovery, saved_budget="")
+        plan = replace(self._options.complete(plan), saved_budget="")
         before = self.conversion
         before.undo()
         try:
@@ -67,6 +68,7 @@ class PlanInForce:
         self.stop_waiting()
         self._follow(drafted, before)
         self._optimizers.follow(self.conversion.masters, narrow=plan.states == "8-bit")
+        release_memory()  # what the plan before held
 
     def _follow(self, conversion: Conversion, before: Conversion) -> None:
         """Take another conversion's place, with what it knows beside the weights."""
