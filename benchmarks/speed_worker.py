@@ -1,11 +1,11 @@
 """One run of the speed benchmark, in a process of its own: a workload trained in one arm, timed, and evaluated.
 
     fp32                 as documented: the optimizer's plain constructor, nothing set
-    fp32-tuned           fused optimizer, channels_last for convolutions, an allocator that keeps freed blocks
+    fp32-tuned           fused optimizer, channels_last for convolutions, halfstep's allocator settings, as all tuned arms
     torch-amp            as documented: bf16 autocast around forward pass and loss
     torch-amp-tuned      the same with the settings of fp32-tuned
     torch-amp-compile    the same with torch.compile on the model, for fixed shapes
-    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned, and the pool for large tensors
+    halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned
     halfstep-memory      the same, activations saved in int8 and gradients released: `prepare(..., saved="int8", release=True)`
     halfstep-compile     halfstep, and torch.compile after the first step, when "auto" has chosen: before, it cannot be traced,
                          and a model that was compiled before `prepare` would be timed by "auto" while it compiles
@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +147,7 @@ def build_trainers(workload: Workload, arm: Arm) -> dict[str, Trainer]:
 def tuned(arm: Arm, threads: int) -> Iterator[None]:
     """The process settings of an arm."""
     with ExitStack() as stack:
-        allocator: Literal["pool", "glibc", False] = "pool" if arm.halfstep else "glibc" if arm.tuned else False
-        stack.enter_context(halfstep.tune_process(allocator=allocator, threads=threads))
+        stack.enter_context(halfstep.tune_process(allocator=arm.tuned, threads=threads))
         yield
 
 

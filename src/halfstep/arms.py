@@ -147,8 +147,8 @@ def build_arm(name: str, task: Task, settings: TrainSettings, precision: str, re
 
 
 def tune_arm(name: str) -> AbstractContextManager[dict[str, str]]:
-    """Process settings of an arm: those that are not halfstep's own are the same for tuned rivals and halfstep."""
-    return tune_process(allocator=name.startswith("halfstep") or (name.endswith("-tuned") and "glibc"))
+    """Process settings of an arm: those of the tuned ones are the same for rivals and halfstep."""
+    return tune_process(allocator=name.endswith("-tuned") or name.startswith("halfstep"))
 
 
 def work(
