@@ -60,6 +60,19 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
             "compare", "resnet-cifar10", "--arms", "fp32,halfstep", "--seeds", "3", "--steps", "194",
             "--set", "warmup=39", "--set", "evaluations=2", "--data", cifar10,
         ]  # fmt: skip
+        for seed in range(3):
+            commands[f"airbench-cifar10-{seed}"] = [
+                "train",
+                "airbench-cifar10",
+                "--set",
+                f"seed={seed}",
+                "--data",
+                cifar10,
+            ]
+        commands["airbench-cifar10-steps"] = [  # step times of the arms, in the recipe's mixture of image sizes
+            "compare", "airbench-cifar10", "--arms", "fp32,torch-amp,torch-amp-tuned,halfstep", "--seeds", "1",
+            "--steps", "50", "--set", "warmup=10", "--set", "evaluations=1", "--data", cifar10,
+        ]  # fmt: skip
     return commands
 
 
