@@ -36,6 +36,7 @@ SPINE = [
     "numerics.words",
     "numerics.kernels",
     "numerics.packing",
+    "numerics.norms",
     "numerics.dropouts",
     "numerics.updates",
     "numerics.rows",

@@ -81,6 +81,7 @@ class Stepper:
         self._in_force = PlanInForce(model, self._optimizers, options)
         self._rescue, self._stalls = Rescue(), StallReports()
         self._window = Window(model, optimizers)
+        self._window.clips = options.clip is not None
         self._window.when_loaded = self._rescue.forget_state
         self._hooks = ExitStack()
         self._hooks.callback(self._optimizers.close)

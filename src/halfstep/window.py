@@ -56,6 +56,7 @@ class Window:
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
         self.stand_by: Callable[[], AbstractContextManager[Any]] = nullcontext  # what backward passes run under
         self.autocast_weights: set[nn.Parameter] = set()  # which autocast should bring to 16 bits
+        self.clips = False  # whether gradients will be clipped, by a norm with the bits of torch's
         self.is_wrapped = False  # whether forward passes come through DistributedDataParallel
         self._has_strangers: bool | None = None  # whether the loss reaches parameters of other models
         self._empty()
@@ -159,7 +160,7 @@ class Window:
         self, gradients: dict[nn.Parameter, Tensor], lift: float, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Finding:
         """Whether the window may be applied. lift: the gradients over those of the mean loss."""
-        norm, losses = measure_norm(gradients.values(), self._losses)
+        norm, losses = measure_norm(gradients.values(), self._losses, like_torch=self.clips)
         bad_loss = next((micro for micro, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if math.isfinite(norm) and bad_loss is None:
             cause = "" if gradients else NO_GRADIENT

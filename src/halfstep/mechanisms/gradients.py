@@ -10,11 +10,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from halfstep.numerics.norms import can_measure, sum_squares
 from halfstep.numerics.rows import measure_norms
 
 
-def measure_norm(gradients: Iterable[Tensor], losses: Iterable[Tensor] = ()) -> tuple[float, list[float]]:
-    """2-norm over all gradients, accumulated in fp32, and the losses; one number a tensor, read back at once.
+def measure_norm(
+    gradients: Iterable[Tensor], losses: Iterable[Tensor] = (), *, like_torch: bool = False
+) -> tuple[float, list[float]]:
+    """2-norm over all gradients, accumulated in fp32 at least, and the losses; numbers of a device are read back at once.
+
+    like_torch: the bits of torch.nn.utils.clip_grad_norm_, which takes longer.
 
     Examples:
         >>> measure_norm([torch.tensor([3.0]), torch.tensor([4.0])], [torch.tensor(2.0)])
@@ -24,9 +29,19 @@ def measure_norm(gradients: Iterable[Tensor], losses: Iterable[Tensor] = ()) -> 
     sparse = [gradient for gradient in given if gradient.is_sparse]
     by_rows = measure_norms(sparse) if sparse else None  # without adding up rows that occur twice in memory
     dense = [take_values(gradient) for gradient in given if by_rows is None or not gradient.is_sparse]
-    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in dense) else torch.float32
+    by_kernel: list[Tensor] = []
+    others: list[Tensor] = []
+    for tensor in dense:
+        (by_kernel if not like_torch and can_measure(tensor) else others).append(tensor)
+    square = sum_squares(by_kernel) if by_kernel else 0.0
+    square += 0.0 if by_rows is None else float(by_rows.square().sum())
+    norm, values = _measure_by_torch(others, losses)
+    return math.sqrt(square + norm * norm) if square else norm, values
+
+
+def _measure_by_torch(dense: list[Tensor], losses: Iterable[Tensor]) -> tuple[float, list[float]]:
+    wide = torch.float64 if any(tensor.dtype is torch.float64 for tensor in dense) else torch.float32
     norms = list(torch._foreach_norm(dense, 2, dtype=wide)) if dense else []
-    norms += [] if by_rows is None else by_rows.to(wide).unbind()
     scalars = [loss.detach().reshape(()).to(wide) for loss in losses]
     if not norms and not scalars:
         return 0.0, []
