@@ -113,6 +113,7 @@ def write_evaluations(record: Path, command: list[str], result: Path) -> None:
     values = {
         "command": shlex.join(command), "date": head.date, "machine": head.machine, "torch": head.torch_version,
         "threads": head.threads, "seed": head.seed, "precision": head.precision, "steps": end.step,
+        "training_seconds": round(sum(steps) / 1e3, 1),
         "fastest_step_ms": round(steps[0], 1), "median_step_ms": round(statistics.median(steps), 1),
         "skipped_steps": end.skipped_steps, "peak_memory_bytes": end.peak_memory_bytes,
         "evaluations": [
