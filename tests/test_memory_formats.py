@@ -116,8 +116,9 @@ def test_a_plan_lays_out_what_it_states_and_undoing_gives_it_back(rest: str) -> 
     assert_same(copy_weights(model), before)
 
 
-def test_a_contiguous_model_still_returns_what_can_be_viewed() -> None:
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 5, 5)
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 3, 3, groups=3)])
+def test_a_contiguous_model_still_returns_what_can_be_viewed(layer: nn.Conv2d) -> None:
+    model, x = nn.Sequential(layer), torch.randn(2, 3, 5, 5)
     with convert(model, Plan.parse(CONV_LAST)):
         model(x).view(-1)
         assert is_last(model[0](x))

@@ -54,6 +54,29 @@ def test_large_tensors_lie_in_the_pool_and_small_ones_do_not() -> None:
     assert small.numel() == LARGE - 1
 
 
+def read_resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_freed_after_the_block_can_be_given_back() -> None:
+    with pool.open_pool() as why:
+        if why:
+            pytest.skip(why)
+        held = make(64 << 20).fill_(1)
+    before = read_resident()
+    del held
+    pool.release_pool()
+    assert before - read_resident() > 48 << 20
+
+
+def test_where_addresses_are_limited_there_is_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 33, 1 << 33))
+    with pool.open_pool() as why:
+        assert "RLIMIT_AS" in why
+        assert pool.read_pool() is None
+
+
 @pytest.mark.usefixtures("opened")
 def test_a_hole_is_filled_by_a_tensor_of_its_size() -> None:
     held = [make(LARGE * (i + 1)) for i in range(8)]

@@ -136,6 +136,32 @@ def test_tables_with_sparse_gradients_keep_fp32_weights_without_kernels(
         assert [record.storage for record in conversion.describe()] == ["bf16" if kernels else "fp32", "bf16"]
 
 
+def test_tables_that_are_cut_to_a_norm_keep_fp32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_times(monkeypatch, bf16_is_faster)
+    monkeypatch.setattr(rows.KERNELS, "library", Library(ctypes.CDLL(None), "by hand"))
+    model = nn.Sequential(nn.Embedding(5, 8, sparse=True, max_norm=1.0), nn.Linear(8, 2))
+    plan = choose_plan(model, (torch.arange(4),), profile=make_profile("native")).plan
+    with convert(model, plan) as conversion:
+        assert [record.storage for record in conversion.describe()] == ["fp32", "bf16"]
+
+
+def test_a_model_that_fails_in_16_bits_stays_in_fp32_with_the_error_as_its_reason() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(9, 4, mode="sum")
+
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+            y: Tensor = self.table(x, per_sample_weights=weights)
+            return y
+
+    batch = (torch.randint(9, (4, 3)), torch.rand(4, 3))
+    given = Plan.parse("compute=bf16 storage=bf16 master=split")
+    plan, why = sensitivity._try(Weighted(), batch, {}, given, Stopwatch("cpu"))
+    assert {rule.compute for rule in plan.rules} == {"fp32"}
+    assert why.startswith("kept in fp32: in 16 bits the model raises ") and "weight" in why
+
+
 def test_fp16_brings_a_dynamic_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
     choice = choose_plan(make_mlp(), (torch.randn(4, 8),), profile=make_profile("slower", "native"))

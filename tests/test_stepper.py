@@ -1675,6 +1675,12 @@ def test_a_saved_format_that_there_is_not_is_refused_at_once(saved: str, error: 
         prepare(model, make_adamw(model), "auto", saved=saved)
 
 
+def test_a_saved_format_beside_a_budget_is_refused() -> None:
+    model = make_wide()
+    with pytest.raises(PlanError, match=r"saved='bf16' and the plan's saved_budget='400KiB'.*give one of them"):
+        prepare(model, make_adamw(model), Plan(saved_budget="400KiB"), saved="bf16")
+
+
 def test_release_leaves_out_a_gradient_that_is_not_finite_and_skips_a_loss_that_is_not() -> None:
     model = make_wide()
     stepper = prepare(model, make_adamw(model), "bf16-mixed", release=True)

@@ -145,6 +145,32 @@ def test_two_calls_draw_two_noises() -> None:
     assert torch.equal(first, beside[0]) and torch.equal(second, beside[1])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_calls_on_one_tensor_draw_two_noises_in_training(backend: str) -> None:
+    def differ(x: Tensor) -> Tensor:
+        return F.dropout(x) - F.dropout(x)
+
+    compiled: Any = torch.compile(differ, backend=backend, fullgraph=True)
+    with FunctionMode(), seeded(3):
+        assert compiled(torch.ones(1000, requires_grad=True)).count_nonzero() > 300
+
+
+def test_transforms_inside_of_compiled_code_are_left_to_torch() -> None:
+    def measure(weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(x @ weight, target)
+
+    def run(weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        found: Tensor = torch.func.vmap(torch.func.grad(measure), (None, 0, 0))(weight, x, target)
+        return found
+
+    with seeded(0):
+        weight, x, target = torch.randn(5, 4), torch.randn(3, 6, 5), torch.randint(4, (3, 6))
+    compiled: Any = torch.compile(run, backend="aot_eager")
+    with FunctionMode():
+        torch.testing.assert_close(compiled(weight, x, target), run(weight, x, target))
+
+
 def measure_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 

@@ -246,7 +246,7 @@ class Conversion:
         for path, module in self.model.named_modules():
             stated = self.table[path].memory_format
             if stated and isinstance(module, CONVOLUTIONS):
-                differs |= (find_memory_format(module), stated) == ("contiguous", "channels_last")
+                differs |= stated == "channels_last" and find_memory_format(module) != "channels_last"
                 self._undo.callback(lay_out(module, stated))
         if differs:
             self._undo.callback(return_contiguous(self.model))

@@ -367,7 +367,8 @@ def _is_fast_somewhere(capability: Capability | None) -> bool:
 
 def _keep_sparse_tables(model: nn.Module, plan: Plan) -> Plan:
     """Tables with sparse gradients keep fp32 weights where rows are not updated in one pass: to widen, step and narrow a few of
-    them costs more than a table in 16 bits reads less."""
+    them costs more than a table in 16 bits reads less. So do those with `max_norm`, which writes to the weights in every forward
+    pass, and so would make the truth what is left of it in 16 bits."""
     formats = {rule.compute for rule in plan.rules}
     if formats == {"fp32"}:
         return plan
@@ -377,7 +378,7 @@ def _keep_sparse_tables(model: nn.Module, plan: Plan) -> Plan:
         Rule(path=path, storage="fp32", master="none", why=why)
         for path, module in model.named_modules()
         if getattr(module, "sparse", False) and find_kind(module) == "embedding" and path not in ruled
-        if not (in_one_pass and all(parameter.is_cpu for parameter in module.parameters()))
+        if not in_one_pass or getattr(module, "max_norm", None) or not all(p.is_cpu for p in module.parameters())
     ]
     return replace(plan, rules=(*kept, *plan.rules))
 
@@ -407,7 +408,11 @@ def _try(
     if all(rule.compute == "fp32" for rule in plan.rules):
         return plan, "no layer is faster in 16 bits at its own shape"
     wide = Plan(rules=(Rule(compute="fp32"),), functions=plan.functions)
-    times = _race(model, args, kwargs, (wide, plan), watch)
+    try:
+        times = _race(model, args, kwargs, (wide, plan), watch)
+    except RuntimeError as error:  # inputs in fp32 beside weights in 16 bits, where torch wants them alike
+        why = f"kept in fp32: in 16 bits the model raises {str(error).partition(chr(10))[0]}"
+        return replace(wide, rules=(Rule(compute="fp32", why=why),), name="auto"), why
     before, after = (statistics.median(times[tried]) for tried in (wide, plan))
     timed = f"on half a batch forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
     if before / after >= NOISE:

@@ -65,6 +65,8 @@ class PoolLibrary(Kernels):
         """Have torch allocate from the pool; why it does not, "" where it does."""
         if platform.system() != "Linux":
             return f"there is none for {platform.system()}"
+        if limit := _find_limit():
+            return limit
         functions, done = self.library.functions, ctypes.c_int64()
         if functions is None:
             return self.library.why
@@ -84,6 +86,19 @@ def _agrees(functions: ctypes.CDLL) -> bool:
     functions.stop_pool()
     del held
     return before < during and _read(functions).taken == before
+
+
+def _find_limit() -> str:
+    """Why addresses may not be taken in advance."""
+    import resource  # not on Windows
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return "the addresses of the process are limited (RLIMIT_AS), and a pool reserves many"
+    try:
+        strict = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
+    except OSError:
+        return ""
+    return "the system counts reserved addresses as used (vm.overcommit_memory is 2)" if strict else ""
 
 
 def _count_memory() -> int:
@@ -141,6 +156,7 @@ def read_pool() -> Usage | None:
 
 
 def release_pool() -> None:
-    """Give pages in which nothing lies back to the system."""
-    if _OPEN:
-        _OPEN[-1].release_pool()
+    """Give pages in which nothing lies back to the system, also when no block is open any more."""
+    library = vars(LIBRARY).get("library")  # None where no block has ever been open
+    if library is not None and library.functions is not None:
+        library.functions.release_pool()

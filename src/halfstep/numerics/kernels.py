@@ -7,8 +7,8 @@ A source is compiled once a machine (a few seconds), kept in the user's cache fo
 flags and processor, and compared with the truth before it is used. Without a C compiler, on another device and for other
 dtypes the truth runs itself; `Kernels.describe` says which it is.
 
-A kernel reads memory directly. Where something has to see the operations themselves (torch.compile, torch.func, a dispatch
-mode, a subclass of Tensor), `find_obstacle` says so, and torch's own function runs.
+A kernel reads memory directly. Where something has to see the operations themselves (torch.func, a dispatch mode, a subclass of
+Tensor), `find_obstacle` says so, and torch's own function runs. torch.compile gets kernels as operators (`traced`).
 
 Kernels run on torch's own OpenMP threads where torch is built with the compiler's OpenMP, as on Linux.
 """
@@ -184,16 +184,20 @@ def find_obstacle(*tensors: Tensor, dtypes: Sequence[torch.dtype]) -> str:
         >>> find_obstacle(torch.ones(1), dtypes=[torch.bfloat16])
         'dtype float32'
     """
-    watcher = "" if torch.compiler.is_compiling() else _find_watcher()
+    watcher = _find_transform() if torch.compiler.is_compiling() else _find_watcher()
     return watcher or next((fault for t in tensors if (fault := _find_fault(t, dtypes))), "")
+
+
+def _find_transform() -> str:
+    return "torch.func transforms it" if torch._C._are_functorch_transforms_active() else ""
 
 
 def _find_watcher() -> str:
     """What has to see each of torch's operations."""
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return "torch.jit records it"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms it"
+    if transform := _find_transform():
+        return transform
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode watches it"
     return "forward-mode derivatives" if forward_ad._current_level >= 0 else ""

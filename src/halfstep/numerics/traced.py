@@ -7,13 +7,14 @@ stands around it, and still draws a number an element; it leaves torch's attenti
 16-bit logits in three passes. Around the operators everything is fused as before.
 
 What each operator computes, and for what, stands in `dropouts`, `losses` and `scaled_attention`. Keys of noise come from torch's
-default generator by an operator that is tagged as random: the compiler neither merges two draws nor repeats one, and puts the
-generator back where activation checkpointing runs code again.
+default generator by an operator that is tagged as random, so that the compiler puts the generator back where activation
+checkpointing runs code again. It merges equal calls all the same, where there is a backward pass: so every call has a number.
 
 Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
 compiler keeps a size open, calls without dropout are left to torch.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -26,15 +27,23 @@ from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
 from halfstep.numerics.kernels import hold_constant
 from halfstep.numerics.scaled_attention import Route, Rule
 
+_numbers = itertools.count()
+
+
+@hold_constant
+def number_call() -> int:
+    """A number that no other call has which is traced in this process."""
+    return next(_numbers)
+
 
 @custom_op("halfstep::draw_drop", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_drop(like: Tensor, p: float) -> Tensor:
+def draw_drop(like: Tensor, p: float, number: int) -> Tensor:
     """[3] int64: p in steps of 2^-16 and two keys from torch's default generator; the tensor says that this is the processor."""
     return torch.tensor([round(p * LEVELS), *draw_keys()], dtype=torch.int64)
 
 
 @draw_drop.register_fake
-def _(like: Tensor, p: float) -> Tensor:
+def _(like: Tensor, p: float, number: int) -> Tensor:
     return like.new_empty(3, dtype=torch.int64)
 
 
@@ -166,7 +175,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     if dropouts.explain_dropout(input, p, training, inplace):
         return F.dropout(input, p, training, inplace)
-    dropped: Tensor = drop(input, draw_drop(input, p))
+    dropped: Tensor = drop(input, draw_drop(input, p, number_call()))
     return dropped
 
 
@@ -208,7 +217,7 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    words = draw_drop(query, dropout_p) if dropout_p else None
+    words = draw_drop(query, dropout_p, number_call()) if dropout_p else None
     q, k, v = (t.contiguous() for t in (query, key, value))
     mixed: Tensor = attend(q, k, v, attn_mask, words, factor, is_causal)[0]
     return mixed

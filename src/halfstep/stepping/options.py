@@ -45,6 +45,11 @@ class Options:
             >>> [rule.saved for rule in Options(saved=Rule(saved="int8")).complete(Plan.parse("compute=bf16")).rules]
             [None, 'int8']
         """
+        if self.saved is not None and plan.saved_budget:
+            raise PlanError(
+                f"saved={self.saved.saved!r} and the plan's saved_budget={plan.saved_budget!r} both say how to save activations; "
+                "give one of them: a format for all, or a budget that chooses formats"
+            )
         last = () if self.saved is None or self.saved in plan.rules else (self.saved,)
         return replace(plan, recovery=self.recovery or plan.recovery, rules=(*plan.rules, *last))
 
