@@ -136,13 +136,16 @@ def test_tables_with_sparse_gradients_keep_fp32_weights_without_kernels(
         assert [record.storage for record in conversion.describe()] == ["bf16" if kernels else "fp32", "bf16"]
 
 
-def test_tables_that_are_cut_to_a_norm_keep_fp32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tables_that_are_cut_to_a_norm_keep_fp32_weights(monkeypatch: pytest.MonkeyPatch, sparse: bool) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
     monkeypatch.setattr(rows.KERNELS, "library", Library(ctypes.CDLL(None), "by hand"))
-    model = nn.Sequential(nn.Embedding(5, 8, sparse=True, max_norm=1.0), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Embedding(5, 8, sparse=sparse, max_norm=1.0), nn.Linear(8, 2))
     plan = choose_plan(model, (torch.arange(4),), profile=make_profile("native")).plan
     with convert(model, plan) as conversion:
-        assert [record.storage for record in conversion.describe()] == ["fp32", "bf16"]
+        table, layer = conversion.describe()
+    assert (table.storage, layer.storage) == ("fp32", "bf16")
+    assert table.why.startswith("max_norm writes to the weights")
 
 
 def test_a_model_that_fails_in_16_bits_stays_in_fp32_with_the_error_as_its_reason() -> None:

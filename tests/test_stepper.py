@@ -2430,3 +2430,19 @@ def test_widening_a_layer_widens_its_gradient_too() -> None:
         loss = model(torch.randn(4, 8)).square().mean()
     assert set(audit.computed["1"]) == {"fp32"}
     assert stepper.step(loss).applied
+
+
+def test_the_record_says_before_the_first_step_what_updates_a_table_with_sparse_gradients() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 2))
+    table, layer = model
+    optimizers = [torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(layer.parameters())]
+    stepper = prepare(model, optimizers, "compute=bf16 storage=bf16 master=split")
+    assert stepper.plan_record is not None
+    said = "SGD: torch: momentum=0.9 has no kernel for sparse gradients"
+    assert stepper.plan_record.updates[0] == said
+    with stepper.autocast():
+        loss = stepper.model(torch.arange(6).view(2, 3)).square().mean()
+    assert stepper.step(loss).applied
+    assert (
+        stepper.plan_record.updates[0] == said == f"SGD: {stepper.conversion.masters.describe_updates(optimizers[0])}"
+    )

@@ -71,6 +71,9 @@ class Conversion:
         self.model, self.plan, self.device_type = model, plan, device_type
         self.table: Mapping[str, Settings] = resolution.table
         self.masters = MasterWeights()
+        self.masters.expect_sparse(
+            p for m in model.modules() if getattr(m, "sparse", False) is True for p in m.parameters(recurse=False)
+        )
         self.products: dict[str, ProductState] = {}  # module path -> what its products keep from call to call
         self.quantized = QuantizedWeights()
         saved = {path: settings.saved.replace("fp32", "") for path, settings in self.table.items()}

@@ -298,7 +298,7 @@ def choose_plan(
             model(*args, **kwargs)
         costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
         untimed = fast[0] if _has_untimed(model, shapes) else ""
-        plan = _keep_sparse_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
+        plan = _keep_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
         plan = replace(plan, functions=functions)
         half = halve_batch(args, kwargs)
         plan, why = _try(model, *half, plan, Stopwatch(profile.device))
@@ -365,22 +365,28 @@ def _is_fast_somewhere(capability: Capability | None) -> bool:
     return capability.ratio_best is not None and capability.ratio_best >= EQUAL
 
 
-def _keep_sparse_tables(model: nn.Module, plan: Plan) -> Plan:
-    """Tables with sparse gradients keep fp32 weights where rows are not updated in one pass: to widen, step and narrow a few of
-    them costs more than a table in 16 bits reads less. So do those with `max_norm`, which writes to the weights in every forward
-    pass, and so would make the truth what is left of it in 16 bits."""
-    formats = {rule.compute for rule in plan.rules}
+def _keep_tables(model: nn.Module, plan: Plan) -> Plan:
+    """Tables that keep fp32 weights whatever their products gain."""
+    formats, ruled = {rule.compute for rule in plan.rules}, {rule.path for rule in plan.rules}
     if formats == {"fp32"}:
         return plan
     in_one_pass = rows.KERNELS.library.functions is not None and "fp16" not in formats
-    why, ruled = "sparse gradients: rows of an fp32 table are updated in place", {rule.path for rule in plan.rules}
     kept = [
         Rule(path=path, storage="fp32", master="none", why=why)
         for path, module in model.named_modules()
-        if getattr(module, "sparse", False) and find_kind(module) == "embedding" and path not in ruled
-        if not in_one_pass or getattr(module, "max_norm", None) or not all(p.is_cpu for p in module.parameters())
+        if find_kind(module) == "embedding" and path not in ruled and (why := _explain_table(module, in_one_pass))
     ]
     return replace(plan, rules=(*kept, *plan.rules))
+
+
+def _explain_table(table: nn.Module, in_one_pass: bool) -> str:
+    """Why a table keeps fp32 weights; "" where it need not. in_one_pass: whether rows in 16 bits are updated in one pass on a
+    processor. Otherwise to widen, step and narrow a few of them costs more than a table in 16 bits reads less."""
+    if getattr(table, "max_norm", None) is not None:
+        return "max_norm writes to the weights in every forward pass: of their truth only what 16 bits hold would stay"
+    if getattr(table, "sparse", False) and not (in_one_pass and all(p.is_cpu for p in table.parameters())):
+        return "sparse gradients: rows of an fp32 table are updated in place"
+    return ""
 
 
 def _follow_ties(model: nn.Module, plan: Plan) -> Plan:

@@ -18,7 +18,7 @@ Rows: where a gradient is sparse, SparseAdam, Adagrad and SGD read, update and w
 (`numerics.native_rows`). Behind other masters those rows are widened, stepped by torch and narrowed again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -108,7 +108,7 @@ class MasterWeights:
         self.seed, self.fused = seed, fused
         self.steps = 0  # calls of `step`; each has noise of its own
         self._truths: dict[nn.Parameter, Truth] = {}
-        self._by_rows: set[nn.Parameter] = set()  # parameters that have had a sparse gradient
+        self._by_rows: set[nn.Parameter] = set()  # parameters with sparse gradients, as far as is known
         self._narrowed = 0  # parameters that were ever narrowed: the number of the next
 
     def __contains__(self, parameter: object) -> bool:
@@ -129,6 +129,17 @@ class MasterWeights:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on with the noise of a saved state."""
         self.seed, self.steps = state["seed"], state["steps"]
+
+    def expect_sparse(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say whose gradients will be sparse, so that `describe_updates` knows it before the first step.
+
+        Examples:
+            >>> masters, weight = MasterWeights(), nn.Parameter(torch.ones(3, 2))
+            >>> masters.expect_sparse([weight])
+            >>> masters.describe_updates(torch.optim.SGD([weight], momentum=0.9))
+            'torch: momentum=0.9 has no kernel for sparse gradients'
+        """
+        self._by_rows.update(parameters)
 
     def narrow(self, parameter: nn.Parameter, dtype: torch.dtype, kind: str) -> None:
         """Make an fp32 parameter's live weight `dtype` and keep its fp32 truth as `kind`: a word of WAYS, or none.

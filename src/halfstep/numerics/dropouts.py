@@ -137,15 +137,14 @@ class _Dropout(torch.autograd.Function):
 
 
 def drop(x: Tensor, rule: Drop) -> Tensor:
-    """By kernel, without a graph: any shape -> the same, contiguous; the truth is `drop_slowly`.
+    """Without a graph, by kernel where there is one: any shape -> the same.
 
     Examples:
-        >>> KERNELS.library.functions is None or drop(torch.ones(4), Drop(0.5, (1, 2))).tolist() == [2.0, 2.0, 0.0, 0.0]
-        True
+        >>> drop(torch.ones(4), Drop(0.5, (1, 2))).tolist()
+        [2.0, 2.0, 0.0, 0.0]
     """
     functions = KERNELS.library.functions
-    assert functions is not None  # noqa: S101 - explain_dropout asks
-    return _drop(functions, x.contiguous(), rule)
+    return drop_slowly(x, rule) if functions is None else _drop(functions, x.contiguous(), rule)
 
 
 def _drop(functions: ctypes.CDLL, x: Tensor, drop: Drop) -> Tensor:

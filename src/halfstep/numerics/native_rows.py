@@ -22,6 +22,7 @@ from halfstep.numerics.native_steps import ROW_KINDS, Alike, Job, find_switch, n
 from halfstep.numerics.rows import KERNELS, RowStep, Table, run_rows, take_table
 from halfstep.numerics.updates import Weight
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 UNFIT: dict[type[Optimizer], tuple[str, ...]] = {
     SGD: ("momentum", "weight_decay", "fused"),
     Adagrad: ("weight_decay", "fused"),
@@ -83,9 +84,6 @@ def _take_states(optimizer: Optimizer, parameter: nn.Parameter, weight: Weight) 
         return None
     narrow = weight.rest is not None  # torch may have made them like the live weight
     return {name: value.to(torch.float32) if narrow else value for name, value in found.items()}
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _keep_states(optimizer: Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:

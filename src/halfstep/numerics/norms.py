@@ -42,11 +42,12 @@ def sum_squares(tensors: Sequence[Tensor]) -> float:
 
     Examples:
         >>> x = [torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)]
-        >>> not all(map(can_measure, x)) or sum_squares(x)
+        >>> sum_squares(x)
         25.0
     """
     functions = KERNELS.library.functions
-    assert functions is not None  # noqa: S101 - can_measure asks
+    if functions is None:
+        return sum(float(t.to(torch.float64).square().sum()) for t in tensors)
     return sum(_sum_alike(functions, [t for t in tensors if t.dtype is dtype], dtype) for dtype in DTYPES)
 
 
