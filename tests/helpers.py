@@ -1,13 +1,19 @@
 """Small models, data and tolerances that several test files share."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.numerics import kernels
 from halfstep.numerics.formats import FORMATS
 from halfstep.records import Capability, HardwareProfile
 
@@ -124,3 +130,54 @@ def bits(weight: Tensor) -> Tensor:
 def has_hooks(model: nn.Module) -> bool:
     """Whether any forward hook or pre-hook is registered in the model."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def narrow_all(masters: MasterWeights, params: list[nn.Parameter], kind: str) -> MasterWeights:
+    """Parameters in bf16 behind masters of a kind; as they are for "none"."""
+    for parameter in params if kind != "none" else []:
+        masters.narrow(parameter, torch.bfloat16, kind)
+    return masters
+
+
+def train_in_two_ways(
+    build: Callable[[list[nn.Parameter]], Optimizer],
+    straight: list[nn.Parameter],
+    broken: list[nn.Parameter],
+    gradients: Iterable[list[Tensor]],
+    is_ours: Callable[[int], bool],
+) -> tuple[Optimizer, Optimizer]:
+    """One optimizer stepped by MasterWeights all along; the other by MasterWeights where `is_ours` says so of the step and by
+    plain torch elsewhere, and loaded from its own state after four steps. The same gradients for both."""
+    one, other, masters = build(straight), build(broken), MasterWeights()
+    for i, fresh in enumerate(gradients):
+        masters.step(one, {p: g.clone() for p, g in zip(straight, fresh, strict=True)})
+        if i == 4:
+            resumed = build(broken)
+            resumed.load_state_dict(copy.deepcopy(other.state_dict()))
+            other = resumed
+        if is_ours(i):
+            masters.step(other, dict(zip(broken, fresh, strict=True)))
+        else:
+            for parameter, gradient in zip(broken, fresh, strict=True):
+                parameter.grad = gradient
+            other.step()
+            other.zero_grad()
+    return one, other
+
+
+def require_refusal(
+    compiled: kernels.Kernels, changes: Iterable[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Each change of a kernel's source, (text, what it becomes), must make it disagree with its truth when it is compiled."""
+    monkeypatch.setattr(
+        kernels, "FLAGS", ("-std=c11", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+    )
+    monkeypatch.setattr(kernels, "TRIES", (("-march=native",),))
+    assert compiled.find(folder).functions is not None
+    text, name = compiled.source.read_text("utf-8"), compiled.source.name
+    for before, after in changes:
+        assert text.count(before) == 1
+        (folder / name).write_text(text.replace(before, after), "utf-8")
+        monkeypatch.setattr(compiled, "source", folder / name)
+        library = compiled.find(folder)
+        assert library.functions is None and "does not compute what" in library.why

@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from halfstep.mechanisms.master_weights import MasterWeights
 from halfstep.numerics.rows import KERNELS
 from halfstep.stepper import prepare
-from helpers import bits, seeded
+from helpers import bits, narrow_all, seeded, train_in_two_ways
 
 SHAPES = [(60, 8), (30, 3), (5, 4)]
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -57,12 +58,6 @@ def build(name: str, params: list[nn.Parameter]) -> Optimizer:
     return made
 
 
-def narrow(masters: MasterWeights, params: list[nn.Parameter], kind: str) -> MasterWeights:
-    for parameter in params if kind != "none" else []:
-        masters.narrow(parameter, torch.bfloat16, kind)
-    return masters
-
-
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a step that torch computes fail, without a trace that would be seen."""
 
@@ -76,7 +71,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(name: str, kind: str, dtype: torch.dtype, *, fused: bool) -> tuple[list[Tensor], list[nn.Parameter], Optimizer]:
     params = parameters()
-    masters, optimizer = narrow(MasterWeights(fused=fused), params, kind), build(name, params)
+    masters, optimizer = narrow_all(MasterWeights(fused=fused), params, kind), build(name, params)
     for fresh in gradients(20, dtype):
         masters.step(optimizer, dict(zip(params, fresh, strict=True)), 0.3)
     return [masters.read(p) for p in params], params, optimizer
@@ -106,7 +101,7 @@ def test_updates_have_torchs_bits_and_torch_is_not_asked(
 @pytest.mark.parametrize("name", ["SparseAdam", "Adagrad"])
 def test_split_equals_fp32_storage_over_200_steps(name: str) -> None:
     wide, narrowed = parameters(), parameters()
-    masters = narrow(MasterWeights(), narrowed, "split")
+    masters = narrow_all(MasterWeights(), narrowed, "split")
     optimizers = build(name, wide), build(name, narrowed)
     for i, fresh in enumerate(gradients(200, torch.bfloat16, occurrences=3)):
         factor = 1.0 / (1 + i % 7)
@@ -123,7 +118,7 @@ def test_watched_steps_give_the_same_bits_and_the_records_of_torchs(name: str, k
     found, stalls = [], []
     for fused, watch in ((True, False), (True, True), (False, True)):
         params = parameters()
-        masters = narrow(MasterWeights(fused=fused), params, kind)
+        masters = narrow_all(MasterWeights(fused=fused), params, kind)
         optimizer = build(name, params)
         optimizer.param_groups[0]["lr"] = 1e-10
         for fresh in gradients(3):
@@ -138,21 +133,7 @@ def test_watched_steps_give_the_same_bits_and_the_records_of_torchs(name: str, k
 @kinds
 def test_state_dicts_go_to_plain_torch_and_back_in_the_middle(name: str) -> None:
     straight, broken = parameters(), parameters()
-    one, other = build(name, straight), build(name, broken)
-    masters = MasterWeights()
-    for i, fresh in enumerate(gradients(12)):
-        masters.step(one, {p: g.clone() for p, g in zip(straight, fresh, strict=True)})
-        if i == 4:
-            resumed = build(name, broken)
-            resumed.load_state_dict(copy.deepcopy(other.state_dict()))
-            other = resumed
-        if i % 3:
-            masters.step(other, dict(zip(broken, fresh, strict=True)))
-        else:  # plain torch
-            for parameter, gradient in zip(broken, fresh, strict=True):
-                parameter.grad = gradient
-            other.step()
-            other.zero_grad()
+    train_in_two_ways(partial(build, name), straight, broken, gradients(12), lambda i: bool(i % 3))
     for a, b in zip(straight, broken, strict=True):
         assert torch.equal(bits(a.detach()), bits(b.detach()))
 
@@ -188,7 +169,7 @@ def test_what_is_left_to_torch_says_why_and_is_the_same(reason: str, kind: str) 
     found = []
     for fused in (True, False):
         params = parameters()
-        masters = narrow(MasterWeights(fused=fused), params, kind)
+        masters = narrow_all(MasterWeights(fused=fused), params, kind)
         optimizer = REASONS[reason](params)
         for fresh in gradients(3):
             masters.step(optimizer, dict(zip(params, fresh, strict=True)))

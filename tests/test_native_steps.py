@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from halfstep.numerics import native_steps
 from halfstep.numerics.movement import Watch
 from halfstep.numerics.updates import KERNELS
 from halfstep.stepper import prepare
-from helpers import bits, make_mlp, seeded
+from helpers import bits, make_mlp, narrow_all, seeded, train_in_two_ways
 
 SHAPES = [(32, 5), (64,), (4, 8, 2, 2), (33,), (), (0, 3)]
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -60,12 +61,6 @@ def build(name: str, params: list[nn.Parameter], **extra: Any) -> Optimizer:
     return made
 
 
-def narrow(masters: MasterWeights, params: list[nn.Parameter], kind: str) -> MasterWeights:
-    for parameter in params if kind != "none" else []:
-        masters.narrow(parameter, torch.bfloat16, kind)
-    return masters
-
-
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a step that torch computes fail, without a trace that would be seen."""
 
@@ -86,7 +81,7 @@ def test_updates_have_torchs_bits_and_torch_is_not_asked(
     found = []
     for fused in (False, True):
         params = parameters()
-        masters = narrow(MasterWeights(fused=fused), params, kind)
+        masters = narrow_all(MasterWeights(fused=fused), params, kind)
         optimizer = build(name, params, **({} if fused or not KINDS[name][1].get("fused") else {"fused": False}))
         with monkeypatch.context() as patch:
             if fused:
@@ -114,7 +109,7 @@ def test_updates_have_torchs_bits_and_torch_is_not_asked(
 @pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "SGD momentum"])
 def test_split_equals_fp32_storage_over_200_steps_with_clipping_and_decay(name: str) -> None:
     wide, narrowed = parameters(), parameters()
-    masters = narrow(MasterWeights(), narrowed, "split")
+    masters = narrow_all(MasterWeights(), narrowed, "split")
     optimizers = build(name, wide), build(name, narrowed)
     for i, fresh in enumerate(gradients(200, torch.bfloat16)):
         factor = 1.0 / (1 + i % 7)
@@ -131,7 +126,7 @@ def test_watched_steps_give_the_same_bits_and_the_records_of_torchs(name: str, k
     found, stalls = [], []
     for fused, watch in ((True, False), (True, True), (False, True)):
         params = parameters()
-        masters = narrow(MasterWeights(fused=fused), params, kind)
+        masters = narrow_all(MasterWeights(fused=fused), params, kind)
         optimizer = build(name, params, lr=1e-10)
         for fresh in gradients(3):
             seen = masters.step(optimizer, dict(zip(params, fresh, strict=True)), 0.5, watch=watch)
@@ -153,7 +148,7 @@ def test_a_watched_step_holds_no_wide_weight_to_its_end(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Watch, "judge", judge)
     params = parameters()
-    masters = narrow(MasterWeights(), params, "split")
+    masters = narrow_all(MasterWeights(), params, "split")
     masters.step(AdamW(params), dict(zip(params, next(gradients(1)), strict=True)), watch=True)
     assert held == [0] * len(params)
 
@@ -161,21 +156,9 @@ def test_a_watched_step_holds_no_wide_weight_to_its_end(monkeypatch: pytest.Monk
 @kinds
 def test_state_dicts_go_to_plain_torch_and_back_in_the_middle(name: str) -> None:
     straight, broken = parameters(), parameters()
-    one, other = build(name, straight), build(name, broken)
-    masters = MasterWeights()
-    for i, fresh in enumerate(gradients(12)):
-        masters.step(one, {p: g.clone() for p, g in zip(straight, fresh, strict=True)})
-        if i == 4:
-            resumed = build(name, broken)
-            resumed.load_state_dict(copy.deepcopy(other.state_dict()))
-            other = resumed
-        if i % 3 or "fused" in name:  # torch's fused kernels round the last numbers otherwise
-            masters.step(other, dict(zip(broken, fresh, strict=True)))
-        else:  # plain torch
-            for parameter, gradient in zip(broken, fresh, strict=True):
-                parameter.grad = gradient
-            other.step()
-            other.zero_grad()
+    one, other = train_in_two_ways(
+        partial(build, name), straight, broken, gradients(12), lambda i: bool(i % 3) or "fused" in name
+    )
     for a, b in zip(straight, broken, strict=True):
         assert torch.equal(bits(a.detach()), bits(b.detach()))
         for key, value in one.state[a].items():
@@ -223,7 +206,7 @@ def test_what_is_left_to_torch_says_why_and_is_the_same(reason: str) -> None:
     found = []
     for fused in (True, False):
         params = parameters()
-        masters = narrow(MasterWeights(fused=fused), params, "split")
+        masters = narrow_all(MasterWeights(fused=fused), params, "split")
         optimizer = REASONS[reason](params)
         for fresh in gradients(3):
             masters.step(optimizer, dict(zip(params, fresh, strict=True)))
@@ -235,7 +218,7 @@ def test_what_is_left_to_torch_says_why_and_is_the_same(reason: str) -> None:
 def test_replaced_steps_and_hooks_are_called() -> None:
     calls: list[str] = []
     params = parameters()
-    masters = narrow(MasterWeights(), params, "split")
+    masters = narrow_all(MasterWeights(), params, "split")
 
     def step(optimizer: Optimizer, reason: str) -> None:
         assert masters.describe_updates(optimizer) == f"torch: {reason}"
