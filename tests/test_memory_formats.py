@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
-from halfstep.control import memory_formats, sensitivity
+from halfstep.control import memory_formats, sensitivity, trials
 from halfstep.control.memory_formats import ConvolutionCost, measure_convolutions, propose_memory_formats
 from halfstep.control.monitor import observe_shapes
 from halfstep.control.sensitivity import choose_plan
@@ -244,7 +244,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, last: float, *, trial: tuple[float,
     for module in (sensitivity, memory_formats):
         monkeypatch.setattr(module, "time_products", time_products)
     monkeypatch.setattr(memory_formats, "_time_conversion", lambda *_: 0.1)
-    monkeypatch.setattr(sensitivity, "_race", race)
+    monkeypatch.setattr(trials, "race", race)
 
 
 def choose(model: nn.Module) -> tuple[dict[str, str], str]:

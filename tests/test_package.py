@@ -78,6 +78,7 @@ SPINE = [
     "feasibility",
     "conversion",
     "control.memory_formats",
+    "control.trials",
     "control.sensitivity",
     "window",
     "stepping.optimizers",

@@ -10,12 +10,10 @@ from halfstep.control import sensitivity
 from halfstep.control.monitor import observe_shapes
 from halfstep.control.sensitivity import (
     choose_plan,
-    halve_batch,
-    leave_no_trace,
     measure_costs,
     measure_harm,
-    run_once,
 )
+from halfstep.control.trials import run_once
 from halfstep.conversion import convert
 from halfstep.machine.hardware import Stopwatch
 from halfstep.numerics import rows
@@ -148,23 +146,6 @@ def test_tables_that_are_cut_to_a_norm_keep_fp32_weights(monkeypatch: pytest.Mon
     assert table.why.startswith("max_norm writes to the weights")
 
 
-def test_a_model_that_fails_in_16_bits_stays_in_fp32_with_the_error_as_its_reason() -> None:
-    class Weighted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.EmbeddingBag(9, 4, mode="sum")
-
-        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-            y: Tensor = self.table(x, per_sample_weights=weights)
-            return y
-
-    batch = (torch.randint(9, (4, 3)), torch.rand(4, 3))
-    given = Plan.parse("compute=bf16 storage=bf16 master=split")
-    plan, why = sensitivity._try(Weighted(), batch, {}, given, Stopwatch("cpu"))
-    assert {rule.compute for rule in plan.rules} == {"fp32"}
-    assert why.startswith("kept in fp32: in 16 bits the model raises ") and "weight" in why
-
-
 def test_fp16_brings_a_dynamic_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
     choice = choose_plan(make_mlp(), (torch.randn(4, 8),), profile=make_profile("slower", "native"))
@@ -271,35 +252,6 @@ def test_layers_that_share_weights_in_a_chain_get_one_storage(monkeypatch: pytes
 # --- no trace
 
 
-def test_everything_is_as_before_after_the_block() -> None:
-    model = nn.Sequential(make_cnn(), nn.Dropout(0.5))
-    x = torch.randn(4, 3, 8, 8)
-    model(x).sum().backward()
-    parameters = list(model.parameters())
-    gradients = [p.grad for p in parameters]
-    values = [p.grad.clone() for p in parameters if p.grad is not None]
-    before, random = copy_weights(model), torch.get_rng_state()
-    with leave_no_trace(model):
-        assert all(p.grad is None for p in parameters)
-        run_once(model, (x,), {})
-        torch.randn(5)
-        assert not torch.equal(model.state_dict()["0.1.running_mean"], before["0.1.running_mean"])
-    assert_same(copy_weights(model), before)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
-    assert all(torch.equal(p.grad, v) for p, v in zip(parameters, values, strict=True) if p.grad is not None)
-
-
-def test_everything_is_as_before_after_an_exception() -> None:
-    model = make_cnn()
-    before, random = copy_weights(model), torch.get_rng_state()
-    with pytest.raises(ValueError, match="no"), leave_no_trace(model):
-        model(torch.randn(4, 3, 8, 8))
-        raise ValueError("no")
-    assert_same(copy_weights(model), before)
-    assert torch.equal(torch.get_rng_state(), random)
-
-
 @pytest.mark.parametrize("trial", [(2.0, 1.0), (1.0, 2.0)], ids=["wins", "loses"])
 def test_choosing_a_plan_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, trial: tuple[float, float]) -> None:
     pretend_times(monkeypatch, bf16_is_faster, trial=trial)
@@ -343,13 +295,6 @@ def test_trial_sees_half_of_the_batch_and_keyword_inputs(monkeypatch: pytest.Mon
     choose_plan(model, (torch.randn(6, 8),), {"factor": torch.ones(6, 1)}, profile=make_profile("native"))
     assert model.rows[0] == 6
     assert set(model.rows[1:]) == {3}
-
-
-@pytest.mark.parametrize(
-    "inputs", [(torch.ones(1, 2),), (torch.ones(4, 2), torch.ones(3)), (torch.ones(()),), ()], ids=str
-)
-def test_batch_that_has_no_half_stays_whole(inputs: tuple[Tensor, ...]) -> None:
-    assert halve_batch(inputs, {}) == (inputs, {})
 
 
 def test_model_on_which_bf16_is_really_timed_gets_a_plan_that_can_be_honoured() -> None:

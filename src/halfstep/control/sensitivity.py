@@ -3,36 +3,24 @@
     observe   one forward pass: which products the model makes, in which shapes
     time      each distinct shape once in fp32 and in every 16-bit format that was as fast as fp32 at some shape
     search    control/search: per layer, fp32 or the fastest format with its casts counted
-    try       forward and backward of the whole model on half the batch, fp32 against the found plan in turns: the plan
-              must win. Half, so that a model which fits into memory only in 16 bits can be tried in fp32 at all
-    order     memory formats of convolutions, proposed by control/memory_formats: what wins such a trial is taken
-
-The trial is there because a small model can lose by dispatch and elementwise casts what its layers gain. It leaves no
-trace: random states and buffers are put back, gradients dropped, weights untouched.
+    try       control/trials: the whole model on half the batch, fp32 against the found plan; then memory formats
 
 `measure_harm` asks the other question, what a format does to a layer: the gradient of the whole model, with one layer at a
 time in its planned formats and all others in fp32, against the gradient in fp32.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from halfstep.control.memory_formats import (
-    is_there_already,
-    measure_convolutions,
-    propose_memory_formats,
-    state_memory_formats,
-)
 from halfstep.control.monitor import LayerShape, observe_shapes
-from halfstep.control.search import NOISE, UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
+from halfstep.control.search import UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
+from halfstep.control.trials import find_devices, halve_batch, leave_no_trace, try_memory_formats, try_plan
 from halfstep.conversion import convert, draft_conversion
 from halfstep.errors import ModelError, PlanError
 from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
@@ -46,8 +34,6 @@ from halfstep.records import Capability, HardwareProfile, HarmRecord, SavedRecor
 CANDIDATES = ("bf16", "fp16")
 WIDE = ("fp32", "bf16")  # formats whose harm is not in question
 ALIVE_ANYWAY = ("resident", "outside")  # saved tensors that no format of a module changes
-TRIALS = 5
-ORDER_GAIN = 1.02  # that a change of memory formats must bring; the fastest of TRIALS repeats better than medians do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,56 +43,6 @@ class Choice:
     plan: Plan
     why: str
     seconds: float
-
-
-def find_devices(model: nn.Module) -> list[int]:
-    """The CUDA devices that a model's parameters are on."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-@contextmanager
-def leave_no_trace(model: nn.Module) -> Iterator[None]:
-    """Random states, buffers and gradients are as before after the block."""
-    devices = find_devices(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = {p: p.grad for p in model.parameters()}
-    for parameter in gradients:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for name, buffer in model.named_buffers():
-            if name in buffers and buffers[name].shape == buffer.shape:  # a model may make buffers as it runs
-                buffer.copy_(buffers[name])
-        for parameter, gradient in gradients.items():
-            parameter.grad = None
-            parameter.grad = gradient
-
-
-def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Forward and backward; every floating-point output gets the same gradient everywhere."""
-    outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    torch.autograd.backward(outputs, [torch.full_like(t, 1.0 / max(1, t.numel())) for t in outputs])
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def halve_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The first half of every tensor, where all agree on the size of their first dimension; else all as it is.
-
-    Examples:
-        >>> halve_batch((torch.ones(4, 2),), {})[0][0].shape
-        torch.Size([2, 2])
-    """
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    sizes = {t.shape[0] if t.ndim else 0 for t in tensors}
-    if len(sizes) != 1 or min(sizes) < 2:
-        return args, kwargs
-    halved: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(
-        lambda v: v[: v.shape[0] // 2] if isinstance(v, Tensor) else v, (args, kwargs)
-    )
-    return halved
 
 
 def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watch: Stopwatch) -> list[LayerCost]:
@@ -301,8 +237,8 @@ def choose_plan(
         plan = _keep_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
         plan = replace(plan, functions=functions)
         half = halve_batch(args, kwargs)
-        plan, why = _try(model, *half, plan, Stopwatch(profile.device))
-        plan, said = _try_memory_formats(model, *half, plan, shapes, costs, profile.device)
+        plan, why = try_plan(model, *half, plan, Stopwatch(profile.device))
+        plan, said = try_memory_formats(model, *half, plan, shapes, costs, profile.device)
     why = "; ".join(filter(None, [why, said]))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
@@ -405,72 +341,3 @@ def _follow_ties(model: nn.Module, plan: Plan) -> Plan:
                 if path not in rules or rules[path].compute != widest.compute:
                     rules[path] = replace(widest, path=path, why=f"shares a weight with {others}")
     return replace(plan, rules=(*rules.values(), *(rule for rule in plan.rules if not rule.names_a_path)))
-
-
-def _try(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, watch: Stopwatch
-) -> tuple[Plan, str]:
-    """The plan if the whole model is faster under it than in fp32, else fp32 with the numbers; with the same functions."""
-    if all(rule.compute == "fp32" for rule in plan.rules):
-        return plan, "no layer is faster in 16 bits at its own shape"
-    wide = Plan(rules=(Rule(compute="fp32"),), functions=plan.functions)
-    try:
-        times = _race(model, args, kwargs, (wide, plan), watch)
-    except RuntimeError as error:  # inputs in fp32 beside weights in 16 bits, where torch wants them alike
-        why = f"kept in fp32: in 16 bits the model raises {str(error).partition(chr(10))[0]}"
-        return replace(wide, rules=(Rule(compute="fp32", why=why),), name="auto"), why
-    before, after = (statistics.median(times[tried]) for tried in (wide, plan))
-    timed = f"on half a batch forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
-    if before / after >= NOISE:
-        return plan, timed
-    why = f"kept in fp32: {timed}; the casts between the layers cost more than the layers gain"
-    layers = [
-        Rule(path=r.path, compute="fp32", why=f"{r.why}; but the model as a whole loses")
-        for r in plan.rules
-        if r.names_a_path
-    ]
-    return replace(wide, rules=(*layers, Rule(compute="fp32", why=why)), name="auto"), why
-
-
-def _race(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plans: Sequence[Plan], watch: Stopwatch
-) -> dict[Plan, list[float]]:
-    """Milliseconds of forward and backward under each plan, by turns; a first turn only warms up."""
-    times: dict[Plan, list[float]] = {plan: [] for plan in plans}
-    for turn in range(1 + TRIALS):
-        for plan, found in times.items():
-            with convert(model, plan) as conversion:
-
-                def step(conversion: Any = conversion) -> None:
-                    with conversion.autocast():
-                        run_once(model, args, kwargs)
-
-                ms = watch.time_once(step)
-                if turn:
-                    found.append(ms)
-    return times
-
-
-def _try_memory_formats(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, shapes: Mapping[str, LayerShape],
-    costs: Sequence[LayerCost], device: str,
-) -> tuple[Plan, str]:  # fmt: skip
-    """The plan with the memory formats under which the whole model is fastest, and the times; itself where it is.
-
-    A model that cannot run in an order, as one that views what it may not view then, keeps its own.
-    """
-    convolutions = measure_convolutions(model, shapes, costs, plan, Stopwatch(device, seconds=0.04))
-    best, why = plan, ""
-    for formats in propose_memory_formats(convolutions):
-        if is_there_already(model, formats):
-            continue
-        stated = state_memory_formats(plan, model, formats, convolutions)
-        try:
-            times = _race(model, args, kwargs, (best, stated), Stopwatch(device))
-        except RuntimeError:
-            continue
-        before, after = min(times[best]), min(times[stated])
-        if before / after >= ORDER_GAIN:
-            changed = f"{before:.3g} ms become {after:.3g} with memory formats chosen by timing"
-            best, why = stated, "; ".join(filter(None, [why, changed]))
-    return best, why

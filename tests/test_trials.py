@@ -1,0 +1,63 @@
+"""Trials of a whole model: they leave no trace, take half of a batch, and a plan under which the model fails is not taken."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfstep.control.trials import halve_batch, leave_no_trace, run_once, try_plan
+from halfstep.machine.hardware import Stopwatch
+from halfstep.plan import Plan
+from helpers import assert_same, copy_weights, make_cnn
+
+
+def test_everything_is_as_before_after_the_block() -> None:
+    model = nn.Sequential(make_cnn(), nn.Dropout(0.5))
+    x = torch.randn(4, 3, 8, 8)
+    model(x).sum().backward()
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters]
+    values = [p.grad.clone() for p in parameters if p.grad is not None]
+    before, random = copy_weights(model), torch.get_rng_state()
+    with leave_no_trace(model):
+        assert all(p.grad is None for p in parameters)
+        run_once(model, (x,), {})
+        torch.randn(5)
+        assert not torch.equal(model.state_dict()["0.1.running_mean"], before["0.1.running_mean"])
+    assert_same(copy_weights(model), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
+    assert all(torch.equal(p.grad, v) for p, v in zip(parameters, values, strict=True) if p.grad is not None)
+
+
+def test_everything_is_as_before_after_an_exception() -> None:
+    model = make_cnn()
+    before, random = copy_weights(model), torch.get_rng_state()
+    with pytest.raises(ValueError, match="no"), leave_no_trace(model):
+        model(torch.randn(4, 3, 8, 8))
+        raise ValueError("no")
+    assert_same(copy_weights(model), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    "inputs", [(torch.ones(1, 2),), (torch.ones(4, 2), torch.ones(3)), (torch.ones(()),), ()], ids=str
+)
+def test_batch_that_has_no_half_stays_whole(inputs: tuple[Tensor, ...]) -> None:
+    assert halve_batch(inputs, {}) == (inputs, {})
+
+
+def test_a_model_that_fails_in_16_bits_stays_in_fp32_with_the_error_as_its_reason() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(9, 4, mode="sum")
+
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+            y: Tensor = self.table(x, per_sample_weights=weights)
+            return y
+
+    batch = (torch.randint(9, (4, 3)), torch.rand(4, 3))
+    given = Plan.parse("compute=bf16 storage=bf16 master=split")
+    plan, why = try_plan(Weighted(), batch, {}, given, Stopwatch("cpu"))
+    assert {rule.compute for rule in plan.rules} == {"fp32"}
+    assert why.startswith("kept in fp32: in 16 bits the model raises ") and "weight" in why
