@@ -18,10 +18,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from halfstep.control import memory_formats, sensitivity, trials
 from halfstep.control.memory_formats import ConvolutionCost, measure_convolutions, propose_memory_formats
 from halfstep.control.monitor import observe_shapes
-from halfstep.control.sensitivity import choose_plan
+from halfstep.control.sensitivity import choose_plan, measure_costs
 from halfstep.conversion import convert
 from halfstep.errors import UnsupportedError
-from halfstep.machine.hardware import Stopwatch, time_products
+from halfstep.machine.hardware import Stopwatch
 from halfstep.mechanisms.memory_formats import MEMORY_FORMATS, lay_out
 from halfstep.plan import Plan, Rule
 from halfstep.records import Measurement
@@ -208,28 +208,36 @@ def test_no_other_formats_are_cheaper_than_those_that_are_proposed(costs: list[C
     assert add_up(tuple(proposed[c.path] for c in costs)) == pytest.approx(least)
 
 
-def test_convolutions_are_timed_in_their_number_format_and_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[tuple[str, str]] = []
-
-    def note(operation: str, shape: tuple[int, ...], format: str, watch: Stopwatch) -> list[Measurement]:
-        timed.append((operation, format))
-        return time_products(operation, shape, format, watch)
-
-    monkeypatch.setattr(memory_formats, "time_products", note)
+def test_convolutions_are_timed_in_all_number_formats_and_both_orders() -> None:
     model, plan = nn.Sequential(make_cnn(), nn.Linear(3, 3)), Plan.parse("path=0.0 compute=fp32\ncompute=bf16")
     with observe_shapes(model) as shapes:
         model(make_images(1)[0][0])
-    costs = measure_convolutions(model, shapes, [], plan, Stopwatch(seconds=0.001))
+    watch = Stopwatch(seconds=0.001)
+    timed = measure_costs(shapes, ("fp32", "bf16"), watch)
+    costs = measure_convolutions(model, shapes, timed, plan, watch)
     assert [cost.path for cost in costs] == ["0.0", "0.3"]
-    assert timed == [(o, f) for f in ("fp32", "bf16") for o in ("conv2d", "conv2d, channels_last")]
+    assert [cost.products for cost in costs] == [timed[0].orders["fp32"], timed[1].orders["bf16"]]
+    assert all(set(cost.products) == set(MEMORY_FORMATS) for cost in costs)
     assert all(min(*cost.products.values(), cost.conversion) > 0 for cost in costs)
+    assert timed[0].products == {f: min(timed[0].orders[f].values()) for f in ("fp32", "bf16")}
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, last: float, *, trial: tuple[float, float]) -> None:
-    """Convolutions take `last` ms in channels_last and 1 ms in the other order; a trial of both takes `trial`."""
+def test_a_format_that_is_fast_in_one_order_only_is_chosen_with_that_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"conv2d": {"fp32": 2.0, "bf16": 3.0}, "conv2d, channels_last": {"fp32": 2.5, "bf16": 1.0}}
+    pretend(monkeypatch, lambda operation, format: times.get(operation, times["conv2d"])[format], trial=(3.0, 2.0))
+    choice = choose_plan(make_cnn(), (make_images(1)[0][0],), profile=make_profile())
+    rules = choice.plan.rules
+    assert {rule.path for rule in rules if rule.compute == "bf16"} >= {"0", "3"}
+    assert {rule.path for rule in rules if rule.memory_format == "channels_last"} == {"0", "3"}
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, product: Callable[[str, str], float], *, trial: tuple[float, float]
+) -> None:
+    """Products take the milliseconds that `product` says of operation and format; a trial of both orders takes `trial`."""
 
     def time_products(operation: str, shape: tuple[int, ...], format: str, watch: Stopwatch) -> list[Measurement]:
-        ms = last if "last" in operation else 1.0
+        ms = product(operation, format)
         return [Measurement(operation=operation, product="output", format=format, shape=shape, milliseconds=ms)]
 
     def race(
@@ -237,14 +245,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, last: float, *, trial: tuple[float,
     ) -> dict[Plan, list[float]]:
         asks = any(rule.memory_format for rule in plans[1].rules)
         for plan in plans:
-            with convert(model, plan):
+            with convert(model, plan) as conversion, conversion.autocast():
                 model(*args, **kwargs)
         return {plan: [ms] for plan, ms in zip(plans, trial if asks else (2.0, 1.0), strict=True)}
 
-    for module in (sensitivity, memory_formats):
-        monkeypatch.setattr(module, "time_products", time_products)
+    monkeypatch.setattr(sensitivity, "time_products", time_products)
     monkeypatch.setattr(memory_formats, "_time_conversion", lambda *_: 0.1)
     monkeypatch.setattr(trials, "race", race)
+
+
+def last_takes(ms: float) -> Callable[[str, str], float]:
+    """Convolutions take that in channels_last and 1 ms in the other order; fp32 takes twice as long."""
+    return lambda operation, format: (ms if "last" in operation else 1.0) * (2.0 if format == "fp32" else 1.0)
 
 
 def choose(model: nn.Module) -> tuple[dict[str, str], str]:
@@ -254,7 +266,7 @@ def choose(model: nn.Module) -> tuple[dict[str, str], str]:
 
 
 def test_auto_states_the_memory_formats_that_win_with_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, 0.5, trial=(3.0, 2.0))
+    pretend(monkeypatch, last_takes(0.5), trial=(3.0, 2.0))
     model = make_cnn()
     strides = [p.stride() for p in model.parameters()]
     formats, why = choose(model)
@@ -267,7 +279,7 @@ def test_auto_states_the_memory_formats_that_win_with_their_times(monkeypatch: p
 def test_auto_leaves_what_loses_the_trial_and_what_is_there(
     monkeypatch: pytest.MonkeyPatch, last: float, trial: tuple[float, float]
 ) -> None:
-    pretend(monkeypatch, last, trial=trial)
+    pretend(monkeypatch, last_takes(last), trial=trial)
     formats, why = choose(make_cnn())
     assert not formats
     assert "memory formats" not in why
@@ -283,7 +295,7 @@ def test_a_model_that_cannot_run_in_an_order_keeps_its_own(monkeypatch: pytest.M
             result: Tensor = self.head(self.conv(x).view(len(x), -1))
             return result
 
-    pretend(monkeypatch, 0.5, trial=(3.0, 2.0))
+    pretend(monkeypatch, last_takes(0.5), trial=(3.0, 2.0))
     assert not choose(Viewing())[0]
 
 

@@ -1,6 +1,7 @@
 import ctypes
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,6 +153,17 @@ def test_fp16_brings_a_dynamic_loss_scale(monkeypatch: pytest.MonkeyPatch) -> No
     assert {rule.compute for rule in choice.plan.rules} == {"fp16"}
     assert choice.plan.loss_scale == "dynamic"
     convert(make_mlp(), choice.plan)
+
+
+@pytest.mark.parametrize(("best", "formats"), [(1.0, {"fp32", "bf16"}), (2.0, {"fp32", "bf16", "fp16"})])
+def test_fp16_is_timed_only_where_it_can_beat_bf16(
+    monkeypatch: pytest.MonkeyPatch, best: float, formats: set[str]
+) -> None:
+    timed = pretend_times(monkeypatch, bf16_is_faster)
+    profile = make_profile("native", "native")
+    capabilities = [replace(c, ratio_best=best) if c.format == "fp16" else c for c in profile.capabilities]
+    choose_plan(make_mlp(), (torch.randn(4, 8),), profile=replace(profile, capabilities=tuple(capabilities)))
+    assert {format for _, format in timed} == formats
 
 
 def test_machine_without_a_fast_16_bit_format_gets_fp32_with_its_reasons_and_the_model_is_never_run() -> None:

@@ -1,6 +1,7 @@
 """Which memory format each convolution gets: measured costs -> plans that are worth a trial.
 
-    time      the three products of each Conv2d at its own shape, in both memory formats
+    time      control/sensitivity: the three products of each Conv2d at its own shape, in every number format and both memory
+              formats, because the two hang together: 16-bit kernels for one of the orders may be missing
     chain     convolutions in the order in which they ran; one that differs from the one before has to bring its input into its
               own format, and the gradient back: that was timed too
     choose    the cheapest way through the chain (Viterbi 1967), and the cheapest format for all
@@ -17,7 +18,7 @@ from torch import nn
 
 from halfstep.control.monitor import LayerShape
 from halfstep.control.search import LayerCost
-from halfstep.machine.hardware import DTYPES, Stopwatch, time_products
+from halfstep.machine.hardware import DTYPES, Stopwatch
 from halfstep.mechanisms.layers import find_kind
 from halfstep.mechanisms.memory_formats import MEMORY_FORMATS, find_memory_format
 from halfstep.plan import Plan, Rule
@@ -46,32 +47,18 @@ class ConvolutionCost:
 def measure_convolutions(
     model: nn.Module, shapes: Mapping[str, LayerShape], costs: Sequence[LayerCost], plan: Plan, watch: Stopwatch
 ) -> list[ConvolutionCost]:
-    """Costs of the convolutions in the order in which they ran, in the number formats that the plan gives them.
-
-    costs: what products take in contiguous tensors, where that was timed already.
-    """
+    """Costs of the convolutions in the order in which they ran, in the number formats that the plan gives them."""
     table = plan.resolve({path: find_kind(module) for path, module in model.named_modules()}).table
-    known = {cost.path: cost.products for cost in costs}
-    timed: dict[tuple[str, tuple[int, ...], str], float] = {}
-
-    def measure(operation: str, shape: tuple[int, ...], format: str) -> float:
-        key = (operation, shape, format)
-        if key not in timed:
-            timed[key] = sum(m.milliseconds for m in time_products(*key, watch))
-        return timed[key]
-
+    conversions: dict[tuple[tuple[int, ...], str], float] = {}
     found = []
-    for layer in shapes.values():
-        format = table[layer.path].compute
-        if layer.operation != "conv2d" or format not in DTYPES:
-            continue
-        before = known.get(layer.path, {}).get(format)
-        products = {
-            "contiguous": layer.calls * measure("conv2d", layer.shape, format) if before is None else before,
-            "channels_last": layer.calls * measure("conv2d, channels_last", layer.shape, format),
-        }
-        conversion = layer.calls * _time_conversion(layer.shape[:2] + layer.shape[3:5], format, watch)
-        found.append(ConvolutionCost(path=layer.path, products=products, conversion=conversion))
+    for cost in costs:
+        format, layer = table[cost.path].compute, shapes[cost.path]
+        if format in cost.orders:
+            images = (layer.shape[:2] + layer.shape[3:5], format)
+            if images not in conversions:
+                conversions[images] = _time_conversion(*images, watch)
+            change = layer.calls * conversions[images]
+            found.append(ConvolutionCost(path=cost.path, products=cost.orders[format], conversion=change))
     return found
 
 

@@ -6,7 +6,7 @@ Everything between the layers follows the 16-bit format: where no layer leaves f
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from halfstep.errors import PlanError
 from halfstep.numerics.formats import find_format
@@ -22,8 +22,9 @@ class LayerCost:
 
     path: str
     shape: tuple[int, ...]
-    products: dict[str, float]  # format -> ms
+    products: dict[str, float]  # format -> ms, of convolutions in the memory format that is fastest for it
     casts: dict[str, float]  # format -> ms for inputs and results of the layer, forward and backward
+    orders: dict[str, dict[str, float]] = field(default_factory=dict)  # format -> memory format -> ms, of convolutions
 
     def total(self, format: str) -> float:
         return self.products[format] + self.casts.get(format, 0.0)

@@ -1,9 +1,10 @@
 """Choose a plan for this model on this machine: measure, search, and try the result on the whole model.
 
     observe   one forward pass: which products the model makes, in which shapes
-    time      each distinct shape once in fp32 and in every 16-bit format that was as fast as fp32 at some shape
+    time      each distinct shape once in fp32 and in every 16-bit format that may be the fastest, convolutions in both
+              memory formats
     search    control/search: per layer, fp32 or the fastest format with its casts counted
-    try       control/trials: the whole model on half the batch, fp32 against the found plan; then memory formats
+    try       control/trials: the whole model on half the batch, with other memory formats, and against fp32
 
 `measure_harm` asks the other question, what a format does to a layer: the gradient of the whole model, with one layer at a
 time in its planned formats and all others in fp32, against the gradient in fp32.
@@ -12,6 +13,7 @@ time in its planned formats and all others in fp32, against the gradient in fp32
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halfstep.control.monitor import LayerShape, observe_shapes
-from halfstep.control.search import UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
-from halfstep.control.trials import find_devices, halve_batch, leave_no_trace, try_memory_formats, try_plan
+from halfstep.control.search import NOISE, UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
+from halfstep.control.trials import find_devices, halve_batch, leave_no_trace, stay_wide, try_memory_formats, try_plan
 from halfstep.conversion import convert, draft_conversion
 from halfstep.errors import ModelError, PlanError
 from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
@@ -32,6 +34,7 @@ from halfstep.plan import Plan, Rule, Settings
 from halfstep.records import Capability, HardwareProfile, HarmRecord, SavedRecord
 
 CANDIDATES = ("bf16", "fp16")
+ORDERED = {"conv2d": {"contiguous": "conv2d", "channels_last": "conv2d, channels_last"}}  # by memory format
 WIDE = ("fp32", "bf16")  # formats whose harm is not in question
 ALIVE_ANYWAY = ("resident", "outside")  # saved tensors that no format of a module changes
 
@@ -47,20 +50,25 @@ class Choice:
 
 def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watch: Stopwatch) -> list[LayerCost]:
     """Time every distinct shape once, and give each layer its cost."""
-    timed: dict[tuple[str, tuple[int, ...], str], float] = {}
+
+    @cache
+    def measure(operation: str, shape: tuple[int, ...], format: str) -> float:
+        return sum(m.milliseconds for m in time_products(operation, shape, format, watch))
+
     per_number = {f: _time_cast(f, watch) for f in formats if f != "fp32"}
     costs = []
     for layer in shapes.values():
-        products = {}
-        for format in formats:
-            key = (layer.operation, layer.shape, format)
-            if key not in timed:
-                timed[key] = sum(m.milliseconds for m in time_products(*key, watch))
-            products[format] = layer.calls * timed[key]
+        operations = ORDERED.get(layer.operation, {"": layer.operation})
+        times = {
+            format: {order: layer.calls * measure(name, layer.shape, format) for order, name in operations.items()}
+            for format in formats
+        }
         # forward converts the input, backward the gradient of the output; weights are stored in the format
         numbers = layer.calls * (layer.input_numbers + layer.output_numbers)
         casts = {format: numbers * ms for format, ms in per_number.items()}
-        costs.append(LayerCost(path=layer.path, shape=layer.shape, products=products, casts=casts))
+        products = {format: min(found.values()) for format, found in times.items()}
+        orders = times if layer.operation in ORDERED else {}
+        costs.append(LayerCost(path=layer.path, shape=layer.shape, products=products, casts=casts, orders=orders))
     return costs
 
 
@@ -223,7 +231,7 @@ def choose_plan(
     """
     start, kwargs = time.perf_counter(), kwargs or {}
     functions = "fast" if profile.device == "cpu" else "torch"
-    fast = [f for f in CANDIDATES if _is_fast_somewhere(profile.find_capability(f))]
+    fast = _list_candidates(profile)
     if not fast:
         reasons = "; ".join(f"{c.format}: {c.why}" for c in profile.capabilities if c.format in CANDIDATES)
         why = f"no 16-bit format is faster than fp32 on this machine ({reasons})"
@@ -237,8 +245,11 @@ def choose_plan(
         plan = _keep_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
         plan = replace(plan, functions=functions)
         half = halve_batch(args, kwargs)
-        plan, why = try_plan(model, *half, plan, Stopwatch(profile.device))
-        plan, said = try_memory_formats(model, *half, plan, shapes, costs, profile.device)
+        ordered, said = try_memory_formats(model, *half, plan, shapes, costs, profile.device)
+        wins, why = try_plan(model, *half, ordered, Stopwatch(profile.device))
+        if not wins:
+            ordered, said = try_memory_formats(model, *half, stay_wide(plan, why), shapes, costs, profile.device)
+        plan = ordered
     why = "; ".join(filter(None, [why, said]))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
@@ -294,11 +305,18 @@ def _has_untimed(model: nn.Module, timed: Mapping[str, LayerShape]) -> bool:
     return any(find_kind(module) in UNTIMED and path not in timed for path, module in model.named_modules())
 
 
-def _is_fast_somewhere(capability: Capability | None) -> bool:
-    """Whether timing a format at the model's shapes is worth it: "slower" is a mean, the model's shapes may be the others."""
-    if capability is None or capability.status not in ("native", "slower"):
-        return False
-    return capability.ratio_best is not None and capability.ratio_best >= EQUAL
+def _list_candidates(profile: HardwareProfile) -> list[str]:
+    """16-bit formats that are worth timing at the model's shapes. fp16 only where it can beat bf16, which needs no loss scale
+    (`search.choose_formats`): on processors a convolution in fp16 can take seconds, and to time it as long."""
+    found = {f: profile.find_capability(f) for f in CANDIDATES}
+    best = {f: c.ratio_best for f, c in found.items() if c and c.ratio_best and _is_fast_somewhere(c)}
+    return [f for f in best if f == "bf16" or best[f] >= NOISE * best.get("bf16", 0.0)]
+
+
+def _is_fast_somewhere(capability: Capability) -> bool:
+    """Whether a format was as fast as fp32 at some shape: "slower" is a mean, the model's shapes may be the others."""
+    fast = capability.status in ("native", "slower")
+    return fast and capability.ratio_best is not None and capability.ratio_best >= EQUAL
 
 
 def _keep_tables(model: nn.Module, plan: Plan) -> Plan:

@@ -1,8 +1,9 @@
 """Trials of a whole model under plans, on one batch, that leave no trace.
 
+    order     memory formats of convolutions, proposed by control/memory_formats: with them and without in turns, and what wins
+              is taken. First, because the formats decide in convolutions whether 16 bits pay
     try       forward and backward of the whole model on half the batch, fp32 against the found plan in turns: the plan
               must win. Half, so that a model which fits into memory only in 16 bits can be tried in fp32 at all
-    order     memory formats of convolutions, proposed by control/memory_formats: what wins such a trial is taken
 
 The trial is there because a small model can lose by dispatch and elementwise casts what its layers gain. Random states and
 buffers are put back, gradients dropped, weights untouched.
@@ -11,7 +12,6 @@ buffers are put back, gradients dropped, weights untouched.
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,27 +86,35 @@ def halve_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequenc
 
 def try_plan(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, watch: Stopwatch
-) -> tuple[Plan, str]:
-    """The plan if the whole model is faster under it than in fp32, else fp32 with the numbers; with the same functions."""
-    if all(rule.compute == "fp32" for rule in plan.rules):
-        return plan, "no layer is faster in 16 bits at its own shape"
+) -> tuple[bool, str]:
+    """Whether the whole model is faster under the plan than in fp32 with the same functions, and the numbers."""
+    if all(rule.compute == "fp32" for rule in plan.rules if rule.compute):
+        return True, "no layer is faster in 16 bits at its own shape"
     wide = Plan(rules=(Rule(compute="fp32"),), functions=plan.functions)
     try:
         times = race(model, args, kwargs, (wide, plan), watch)
     except RuntimeError as error:  # inputs in fp32 beside weights in 16 bits, where torch wants them alike
-        why = f"kept in fp32: in 16 bits the model raises {str(error).partition(chr(10))[0]}"
-        return replace(wide, rules=(Rule(compute="fp32", why=why),), name="auto"), why
+        return False, f"kept in fp32: in 16 bits the model raises {str(error).partition(chr(10))[0]}"
     before, after = (statistics.median(times[tried]) for tried in (wide, plan))
     timed = f"on half a batch forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
     if before / after >= NOISE:
-        return plan, timed
-    why = f"kept in fp32: {timed}; the casts between the layers cost more than the layers gain"
+        return True, timed
+    return False, f"kept in fp32: {timed}; the casts between the layers cost more than the layers gain"
+
+
+def stay_wide(plan: Plan, why: str) -> Plan:
+    """The plan with all of it in fp32, because of what its trial has given.
+
+    Examples:
+        >>> [str(rule) for rule in stay_wide(Plan.parse("path=0 compute=bf16 why=fast"), "slow").rules]
+        ["path=0 compute=fp32 why='fast; but the model as a whole loses'", 'compute=fp32 why=slow']
+    """
     layers = [
-        Rule(path=r.path, compute="fp32", why=f"{r.why}; but the model as a whole loses")
-        for r in plan.rules
-        if r.names_a_path
+        Rule(path=rule.path, compute="fp32", why=f"{rule.why}; but the model as a whole loses")
+        for rule in plan.rules
+        if rule.names_a_path
     ]
-    return replace(wide, rules=(*layers, Rule(compute="fp32", why=why)), name="auto"), why
+    return Plan(rules=(*layers, Rule(compute="fp32", why=why)), functions=plan.functions, name="auto")
 
 
 def race(
