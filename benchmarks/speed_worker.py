@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import halfstep
-from halfstep.machine.hardware import get_profile
+from halfstep.machine.profiles import get_profile
 from halfstep.machine.runtime import read_peak_memory, use_channels_last
 from halfstep.numerics import dropouts, losses, packing, rows, scaled_attention, updates
 from workloads.catalogue import WORKLOADS

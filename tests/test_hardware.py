@@ -1,32 +1,16 @@
-import datetime
 import statistics
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfstep.errors import RecordError, UnsupportedError
+from halfstep.errors import UnsupportedError
 from halfstep.machine import hardware
-from halfstep.machine.hardware import (
-    BUSY_HOURS,
-    EQUAL,
-    Stopwatch,
-    compare_with_fp32,
-    count_operations,
-    get_profile,
-    is_trusted,
-    judge_format,
-    load_profile,
-    locate_profile,
-    probe_hardware,
-    save_profile,
-    time_products,
-)
+from halfstep.machine.hardware import EQUAL, compare_with_fp32, judge_format, probe_hardware
+from halfstep.machine.timing import DTYPES, Stopwatch
 from halfstep.numerics.formats import FORMATS
-from halfstep.records import Capability, EndRecord, HardwareProfile, Measurement, encode
+from halfstep.records import Capability, HardwareProfile, Measurement
 
 SMALL, LARGE = (64, 64, 64), (1024, 1024, 1024)
 
@@ -129,43 +113,11 @@ def test_ratio_sums_the_three_products_of_a_shape_and_leaves_other_operations_ou
     assert compare_with_fp32(measured, "fp16") == {}
 
 
-# --- timing
-
-
-@pytest.mark.parametrize(
-    ("operation", "shape"),
-    [("matmul", (4, 5, 6)), ("conv2d", (2, 4, 8, 6, 6, 3, 1, 1)), ("conv2d", (2, 4, 8, 6, 6, 3, 2, 2))],
-)
-@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
-def test_three_products_of_a_layer_are_timed(operation: str, shape: tuple[int, ...], format: str) -> None:
-    measured = time_products(operation, shape, format, Stopwatch(seconds=0.001))
-    assert [m.product for m in measured] == ["output", "grad_input", "grad_weight"]
-    assert all(m.milliseconds > 0 and m.rate > 0 and m.shape == shape and m.format == format for m in measured)
-
-
-def test_operations_are_counted_as_two_for_a_multiply_add() -> None:
-    assert count_operations("matmul", (2, 3, 4)) == 48
-    assert count_operations("conv2d", (1, 4, 8, 6, 6, 3, 2, 2)) == 2 * 2 * 8 * 3 * 3 * 9
-
-
-def test_stopwatch_calls_at_least_five_times_and_a_slow_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ms, expected in ((1.0, 5), (1e6, 1), (1e-6, 52)):
-        calls: list[int] = []
-
-        def time_once(self: Stopwatch, call: object, ms: float = ms, calls: list[int] = calls) -> float:
-            calls.append(1)
-            return ms
-
-        monkeypatch.setattr(Stopwatch, "time_once", time_once)
-        assert Stopwatch(seconds=0.003).time(lambda: None) == ms
-        assert len(calls) == expected
-
-
 # --- the probe
 
 
 def test_quick_probe_judges_every_format_with_a_reason(profile: HardwareProfile) -> None:
-    assert [capability.format for capability in profile.capabilities] == list(hardware.DTYPES)
+    assert [capability.format for capability in profile.capabilities] == list(DTYPES)
     assert all(capability.why and "\n" not in capability.why for capability in profile.capabilities)
     fp32 = profile.find_capability("fp32")
     assert fp32 is not None
@@ -209,134 +161,3 @@ def test_probe_goes_on_when_torch_cannot_multiply_a_format(monkeypatch: pytest.M
     assert capability is not None
     assert capability.status == "unsupported"
     assert capability.why == "torch cannot multiply it here: not implemented for 'Half'"
-
-
-# --- on disk
-
-
-def test_profile_comes_back_from_disk_as_it_was(profile: HardwareProfile, tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "profile.json"
-    save_profile(profile, path)
-    assert load_profile(path) == profile
-    assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
-
-
-def test_name_of_the_file_depends_on_machine_torch_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def locate() -> Path:
-        return locate_profile("cpu", tmp_path)
-
-    first = locate()
-    assert locate() == first
-    assert first.parent == tmp_path
-    names = {first.name}
-    for target, attribute, value in (
-        (torch, "__version__", "0.0.0"),
-        (torch, "get_num_threads", lambda: 99),
-        (hardware, "name_machine", lambda device: "another"),
-        (hardware, "describe_unit", lambda device: ("another", {})),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, attribute, value)
-            names.add(locate().name)
-    assert len(names) == 5
-    assert locate() == first
-
-
-def test_place_that_cannot_be_written_gives_one_line(profile: HardwareProfile, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RecordError, match="cannot be written") as caught:
-        save_profile(profile, tmp_path / "file" / "profile.json")
-    assert "\n" not in str(caught.value)
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_failed_write_leaves_nothing_behind(profile: HardwareProfile, tmp_path: Path) -> None:
-    (tmp_path / "profile.json").mkdir()
-    with pytest.raises(RecordError, match="cannot be written"):
-        save_profile(profile, tmp_path / "profile.json")
-    assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
-
-
-def test_damaged_profile_counts_as_none(profile: HardwareProfile, tmp_path: Path) -> None:
-    path, whole = tmp_path / "profile.json", encode(profile)
-    damaged = [
-        b"", b"\n", b"{", whole[: len(whole) // 2].encode(), b"[]", b"null", b"\xff\xfe\x00binary",
-        whole.replace('"schema":1', '"schema":2').encode(),
-        whole.replace('"native"', '"wonderful"').encode(),
-        encode(EndRecord(step=1, reason="finished", peak_memory_bytes=0, skipped_steps=0)).encode(),
-    ]  # fmt: skip
-    for content in damaged:
-        path.write_bytes(content)
-        assert load_profile(path) is None, content[:40]
-    assert load_profile(tmp_path / "missing.json") is None
-    assert load_profile(tmp_path) is None
-
-
-NOW = datetime.datetime(2026, 11, 25, 12, tzinfo=datetime.UTC)
-
-
-@pytest.mark.parametrize(
-    ("measured_at", "hours", "load", "trusted"),
-    [
-        (0.1, 10_000, 0.1, True), (0.1, 10_000, 3.0, True),  # quiet: for good
-        (2.0, 1, 2.0, True), (2.0, 1, 0.6, True), (2.0, BUSY_HOURS, 2.0, True),  # busy, as it is still
-        (2.0, 1, 0.5, False), (2.0, 1, 0.0, False),  # quiet by now
-        (2.0, BUSY_HOURS + 0.1, 2.0, False), (2.0, -1, 2.0, False),  # long ago, or by a clock that was wrong
-    ],
-)  # fmt: skip
-def test_profile_of_a_busy_machine_serves_while_it_is_busy(
-    profile: HardwareProfile, measured_at: float, hours: float, load: float, trusted: bool
-) -> None:
-    date = (NOW - datetime.timedelta(hours=hours)).isoformat()
-    assert is_trusted(replace(profile, load=measured_at, date=date), load=load, now=NOW) is trusted
-
-
-@pytest.mark.parametrize("date", ["", "2026-11-25", "yesterday"])
-def test_profile_of_a_busy_machine_without_a_time_is_not_trusted(profile: HardwareProfile, date: str) -> None:
-    assert not is_trusted(replace(profile, load=2.0, date=date), load=2.0, now=NOW)
-
-
-def test_busy_machine_is_probed_once_and_again_when_it_is_quiet(
-    profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load, probes = 2.0, []
-
-    def probe(device: str, *, quick: bool) -> HardwareProfile:
-        probes.append(load)
-        return replace(profile, load=load, date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-
-    monkeypatch.setattr(hardware, "locate_profile", lambda device: tmp_path / "profile.json")
-    monkeypatch.setattr(hardware, "probe_hardware", probe)
-    monkeypatch.setattr(hardware, "read_load", lambda: load)
-    assert [get_profile().load for _ in range(3)] == [2.0, 2.0, 2.0]
-    assert probes == [2.0]
-    load = 0.1
-    assert [get_profile().load for _ in range(2)] == [0.1, 0.1]
-    load = 2.0
-    assert get_profile().load == 0.1
-    assert probes == [2.0, 0.1]
-
-
-def test_profile_is_probed_once_and_then_read(
-    profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    probes: list[str] = []
-    profile = replace(profile, load=0.0)
-
-    def probe(device: str, *, quick: bool) -> HardwareProfile:
-        probes.append(device)
-        return profile
-
-    monkeypatch.setattr(hardware, "locate_profile", lambda device: tmp_path / "cache" / "profile.json")
-    monkeypatch.setattr(hardware, "probe_hardware", probe)
-    assert get_profile() == get_profile() == profile
-    assert probes == ["cpu"]
-
-
-def test_profile_that_cannot_be_kept_is_still_given(
-    profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(hardware, "locate_profile", lambda device: tmp_path / "file" / "profile.json")
-    monkeypatch.setattr(hardware, "probe_hardware", lambda device, quick: profile)
-    assert get_profile() == profile

@@ -21,7 +21,7 @@ from halfstep.control.monitor import observe_shapes
 from halfstep.control.sensitivity import choose_plan, measure_costs
 from halfstep.conversion import convert
 from halfstep.errors import UnsupportedError
-from halfstep.machine.hardware import Stopwatch
+from halfstep.machine.timing import Stopwatch
 from halfstep.mechanisms.memory_formats import MEMORY_FORMATS, lay_out
 from halfstep.plan import Plan, Rule
 from halfstep.records import Measurement

@@ -16,7 +16,7 @@ from halfstep.control.sensitivity import (
 )
 from halfstep.control.trials import run_once
 from halfstep.conversion import convert
-from halfstep.machine.hardware import Stopwatch
+from halfstep.machine.timing import Stopwatch
 from halfstep.numerics import rows
 from halfstep.numerics.kernels import Library
 from halfstep.plan import Plan

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.control.trials import halve_batch, leave_no_trace, run_once, stay_wide, try_plan
-from halfstep.machine.hardware import Stopwatch
+from halfstep.machine.timing import Stopwatch
 from halfstep.plan import Plan
 from helpers import assert_same, copy_weights, make_cnn
 

@@ -162,7 +162,8 @@ def probe(
     quick: Annotated[bool, typer.Option("--quick", help="3 seconds: fewer shapes, no convolutions.")] = False,
 ) -> None:
     """Time this machine and say for each number format whether it pays here."""
-    from halfstep.machine.hardware import locate_profile, probe_hardware, save_profile
+    from halfstep.machine.hardware import probe_hardware
+    from halfstep.machine.profiles import locate_profile, save_profile
     from halfstep.report.terminal import show_profile
 
     _require_writable(json)
@@ -188,7 +189,7 @@ def plan(
     """Show which formats each layer of a recipe's model gets on this machine, and why."""
     from halfstep.control.sensitivity import choose_plan
     from halfstep.conversion import convert
-    from halfstep.machine.hardware import get_profile
+    from halfstep.machine.profiles import get_profile
     from halfstep.machine.runtime import tune_process, use_channels_last
     from halfstep.report.terminal import show_plan
     from halfstep.stepper import read_plan

@@ -18,7 +18,7 @@ from torch import nn
 
 from halfstep.control.monitor import LayerShape
 from halfstep.control.search import LayerCost
-from halfstep.machine.hardware import DTYPES, Stopwatch
+from halfstep.machine.timing import DTYPES, Stopwatch
 from halfstep.mechanisms.layers import find_kind
 from halfstep.mechanisms.memory_formats import MEMORY_FORMATS, find_memory_format
 from halfstep.plan import Plan, Rule

@@ -25,8 +25,9 @@ from halfstep.control.search import NOISE, UNTIMED, LayerCost, SavedCost, choose
 from halfstep.control.trials import find_devices, halve_batch, leave_no_trace, stay_wide, try_memory_formats, try_plan
 from halfstep.conversion import convert, draft_conversion
 from halfstep.errors import ModelError, PlanError
-from halfstep.machine.hardware import DTYPES, EQUAL, Stopwatch, time_products
+from halfstep.machine.hardware import EQUAL
 from halfstep.machine.runtime import release_memory
+from halfstep.machine.timing import DTYPES, Stopwatch, time_products
 from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import find_kind
 from halfstep.numerics import rows

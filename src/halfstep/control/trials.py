@@ -27,7 +27,7 @@ from halfstep.control.memory_formats import (
 from halfstep.control.monitor import LayerShape
 from halfstep.control.search import NOISE, LayerCost
 from halfstep.conversion import convert
-from halfstep.machine.hardware import Stopwatch
+from halfstep.machine.timing import Stopwatch
 from halfstep.plan import Plan, Rule
 
 TRIALS = 5

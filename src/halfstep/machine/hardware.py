@@ -9,138 +9,30 @@ as the reason.
     emulated      no product in this format here; numerics are rehearsed by quantizing, then multiplying in fp32 or bf16
     unsupported   neither
 
-A matmul stands for the three products of a linear layer, y[m,n] = x[m,k] w[n,k]^T: `output`, `grad_input` = g w and
-`grad_weight` = g^T x. The ladder of shapes is climbed until the next rung would take longer than the time allowed, so
-that a format which is a thousand times slower costs the probe seconds, not hours.
+The ladder of shapes is climbed until the next rung would take longer than the time allowed, so that a format which is a
+thousand times slower costs the probe seconds, not hours.
 """
 
-import contextlib
 import datetime
-import hashlib
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import platformdirs
 import torch
 
-from halfstep import records
-from halfstep.errors import RecordError, UnsupportedError
+from halfstep.errors import UnsupportedError
+from halfstep.machine.timing import DTYPES, Stopwatch, count_operations, time_products
 from halfstep.numerics.formats import FORMATS
 from halfstep.records import Capability, HardwareProfile, Measurement
 
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-    "int8": torch.int8,
-}
 TRAINED = ("fp32", "bf16", "fp16")  # formats that whole layers are timed in
 MATMULS = ((64, 64, 64), (256, 256, 256), (1024, 256, 1024), (1024, 1024, 1024), (2048, 1024, 4096))
 CONVS = ((16, 16, 32, 32, 32, 3, 1, 1), (32, 64, 64, 32, 32, 3, 1, 1), (32, 256, 256, 8, 8, 3, 1, 1))
 EQUAL = 0.97  # a ratio from here on counts as "not slower": medians repeat to about 3 %
-
-
 BUSY = 0.5  # load a core, from which on timings are not to be trusted
-BUSY_HOURS = 6  # that timings of a busy machine are used, as long as it stays busy
-
-
-class Stopwatch:
-    """Time of a call in milliseconds: warmed up, then the fastest of 3 to 50 repetitions, as `seconds` allow.
-
-    The fastest, because whatever else the machine does can only add to the time.
-    """
-
-    def __init__(self, device: str = "cpu", seconds: float = 0.15) -> None:
-        self.device, self.seconds = device, seconds
-
-    def time(self, call: Callable[[], object]) -> float:
-        first = self.time_once(call)
-        if first > 1000 * self.seconds:
-            return first
-        self.time_once(call)
-        count = max(3, min(50, int(1000 * self.seconds / max(first, 1e-3))))
-        return min(self.time_once(call) for _ in range(count))
-
-    def time_once(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call, waiting for the device before and after."""
-        self._wait()
-        start = time.perf_counter()
-        call()
-        self._wait()
-        return 1000 * (time.perf_counter() - start)
-
-    def _wait(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-
-
-def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
-    m, k, n = shape
-    x, w, g = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (m, n)))
-    return {"output": lambda: x @ w.t(), "grad_input": lambda: g @ w, "grad_weight": lambda: g.t() @ x}
-
-
-def _conv_calls(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str, order: torch.memory_format = torch.contiguous_format
-) -> dict[str, Callable[[], object]]:
-    batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
-    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
-    pad = [kernel // 2] * 2
-
-    def forward() -> torch.Tensor:
-        return torch.nn.functional.conv2d(x, w, None, stride, pad, 1, groups)
-
-    g = torch.randn_like(forward())
-
-    def backward(wanted: list[bool]) -> Callable[[], object]:
-        return lambda: torch.ops.aten.convolution_backward(
-            g, x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], groups, wanted
-        )
-
-    return {
-        "output": forward,
-        "grad_input": backward([True, False, False]),
-        "grad_weight": backward([False, True, False]),
-    }
-
-
-PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], dict[str, Callable[[], object]]]] = {
-    "matmul": _matmul_calls,
-    "conv2d": _conv_calls,
-    "conv2d, channels_last": partial(_conv_calls, order=torch.channels_last),
-}
-
-
-def count_operations(operation: str, shape: tuple[int, ...]) -> float:
-    """Floating-point operations of one product (a multiply-add is two)."""
-    if operation == "matmul":
-        m, k, n = shape
-        return 2.0 * m * k * n
-    batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    return 2.0 * batch * inputs // groups * outputs * (height // stride) * (width // stride) * kernel**2
-
-
-def time_products(operation: str, shape: tuple[int, ...], format: str, watch: Stopwatch) -> list[Measurement]:
-    """The three products of a layer of that shape, timed in that format. Raises RuntimeError where torch cannot."""
-    calls = PRODUCTS[operation](shape, DTYPES[format], watch.device)
-    work = count_operations(operation, shape)
-    measured = []
-    for product, call in calls.items():
-        ms = watch.time(call)
-        measured.append(
-            Measurement(operation=operation, product=product, format=format, shape=shape,
-                        milliseconds=ms, rate=work / ms / 1e6)
-        )  # fmt: skip
-    return measured
 
 
 def _climb(operation: str, ladder: Iterable[tuple[int, ...]], format: str, watch: Stopwatch) -> list[Measurement]:
@@ -392,71 +284,3 @@ def _time_tf32(watch: Stopwatch, quick: bool) -> list[Measurement]:
         return _climb("matmul", MATMULS[1:4:2] if quick else MATMULS, "tf32", watch)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def locate_profile(device: str = "cpu", folder: Path | None = None) -> Path:
-    """Where this machine's profile is kept: the user's cache folder, keyed by machine, torch version and threads."""
-    key = f"{name_machine(device)}|{describe_unit(device)[0]}|{torch.__version__}|{torch.get_num_threads()}|{device}"
-    folder = folder or Path(platformdirs.user_cache_dir("halfstep"))
-    return folder / f"profile-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def save_profile(profile: HardwareProfile, path: Path) -> None:
-    """Write a profile. Raises RecordError when the place cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        try:
-            temporary.write_text(records.encode(profile) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RecordError(
-            f"profile {path} cannot be written ({error.strerror}); give another place with --out"
-        ) from None
-
-
-def load_profile(path: Path) -> HardwareProfile | None:
-    """The profile at `path`; None when there is none or it is of another version."""
-    try:
-        profile = records.decode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecordError):
-        return None
-    return profile if isinstance(profile, HardwareProfile) else None
-
-
-def is_trusted(profile: HardwareProfile, *, load: float, now: datetime.datetime) -> bool:
-    """Whether a profile is as good as one that were measured now, on a machine with this load.
-
-    One of a quiet machine holds for good. One of a busy machine holds for BUSY_HOURS while the machine is busy still, when a
-    new one would be no better; as soon as it is quiet, it is measured again.
-
-    Examples:
-        >>> profile = HardwareProfile(device="cpu", machine="M", unit="AVX2", torch_version="2.13", threads=2, load=2.0,
-        ...                           date="2026-01-01T12:00:00+00:00")
-        >>> soon = datetime.datetime(2026, 1, 1, 13, tzinfo=datetime.UTC)
-        >>> is_trusted(profile, load=2.0, now=soon), is_trusted(profile, load=0.1, now=soon)
-        (True, False)
-    """
-    if profile.load <= BUSY:
-        return True
-    try:
-        age = now - datetime.datetime.fromisoformat(profile.date)
-    except (TypeError, ValueError):  # a date without a time zone, or none
-        return False
-    return load > BUSY and datetime.timedelta(0) <= age <= datetime.timedelta(hours=BUSY_HOURS)
-
-
-def get_profile(device: str = "cpu") -> HardwareProfile:
-    """This machine's profile from the cache, or a quick probe that is then cached where the cache can be written.
-
-    What was measured on a busy machine serves while it is busy, for some hours (`is_trusted`).
-    """
-    path = locate_profile(device)
-    profile = load_profile(path)
-    if profile is None or not is_trusted(profile, load=read_load(), now=datetime.datetime.now(datetime.UTC)):
-        profile = probe_hardware(device, quick=True)
-        with contextlib.suppress(RecordError):  # a profile that cannot be kept costs the next run a few seconds
-            save_profile(profile, path)
-    return profile

@@ -16,7 +16,7 @@ from halfstep.control.sensitivity import Choice, choose_plan, fit_saved, project
 from halfstep.conversion import Conversion, convert, draft_conversion
 from halfstep.distributed import is_inside_wrapper
 from halfstep.errors import ModelError, PlanError, describe_unknown
-from halfstep.machine.hardware import get_profile
+from halfstep.machine.profiles import get_profile
 from halfstep.machine.runtime import release_memory
 from halfstep.plan import ALIASES, PRESETS, Plan
 from halfstep.rehearsals import REHEARSALS

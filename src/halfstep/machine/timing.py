@@ -1,0 +1,114 @@
+"""Timing: a stopwatch, and the three products of a layer as the calls that are timed.
+
+A matmul stands for the three products of a linear layer, y[m,n] = x[m,k] w[n,k]^T: `output`, `grad_input` = g w and
+`grad_weight` = g^T x; a convolution likewise.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from halfstep.records import Measurement
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+
+
+class Stopwatch:
+    """Time of a call in milliseconds: warmed up, then the fastest of 3 to 50 repetitions, as `seconds` allow.
+
+    The fastest, because whatever else the machine does can only add to the time.
+    """
+
+    def __init__(self, device: str = "cpu", seconds: float = 0.15) -> None:
+        self.device, self.seconds = device, seconds
+
+    def time(self, call: Callable[[], object]) -> float:
+        first = self.time_once(call)
+        if first > 1000 * self.seconds:
+            return first
+        self.time_once(call)
+        count = max(3, min(50, int(1000 * self.seconds / max(first, 1e-3))))
+        return min(self.time_once(call) for _ in range(count))
+
+    def time_once(self, call: Callable[[], object]) -> float:
+        """Milliseconds of one call, waiting for the device before and after."""
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return 1000 * (time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
+def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+    m, k, n = shape
+    x, w, g = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (m, n)))
+    return {"output": lambda: x @ w.t(), "grad_input": lambda: g @ w, "grad_weight": lambda: g.t() @ x}
+
+
+def _conv_calls(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, order: torch.memory_format = torch.contiguous_format
+) -> dict[str, Callable[[], object]]:
+    batch, inputs, outputs, height, width, kernel, stride, groups = shape
+    x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
+    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
+    pad = [kernel // 2] * 2
+
+    def forward() -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, w, None, stride, pad, 1, groups)
+
+    g = torch.randn_like(forward())
+
+    def backward(wanted: list[bool]) -> Callable[[], object]:
+        return lambda: torch.ops.aten.convolution_backward(
+            g, x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], groups, wanted
+        )
+
+    return {
+        "output": forward,
+        "grad_input": backward([True, False, False]),
+        "grad_weight": backward([False, True, False]),
+    }
+
+
+PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], dict[str, Callable[[], object]]]] = {
+    "matmul": _matmul_calls,
+    "conv2d": _conv_calls,
+    "conv2d, channels_last": partial(_conv_calls, order=torch.channels_last),
+}
+
+
+def count_operations(operation: str, shape: tuple[int, ...]) -> float:
+    """Floating-point operations of one product (a multiply-add is two)."""
+    if operation == "matmul":
+        m, k, n = shape
+        return 2.0 * m * k * n
+    batch, inputs, outputs, height, width, kernel, stride, groups = shape
+    return 2.0 * batch * inputs // groups * outputs * (height // stride) * (width // stride) * kernel**2
+
+
+def time_products(operation: str, shape: tuple[int, ...], format: str, watch: Stopwatch) -> list[Measurement]:
+    """The three products of a layer of that shape, timed in that format. Raises RuntimeError where torch cannot."""
+    calls = PRODUCTS[operation](shape, DTYPES[format], watch.device)
+    work = count_operations(operation, shape)
+    measured = []
+    for product, call in calls.items():
+        ms = watch.time(call)
+        measured.append(
+            Measurement(operation=operation, product=product, format=format, shape=shape,
+                        milliseconds=ms, rate=work / ms / 1e6)
+        )  # fmt: skip
+    return measured

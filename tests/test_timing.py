@@ -1,0 +1,34 @@
+"""The stopwatch, and the products of a layer that are timed."""
+
+import pytest
+
+from halfstep.machine.timing import Stopwatch, count_operations, time_products
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [("matmul", (4, 5, 6)), ("conv2d", (2, 4, 8, 6, 6, 3, 1, 1)), ("conv2d", (2, 4, 8, 6, 6, 3, 2, 2))],
+)
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+def test_three_products_of_a_layer_are_timed(operation: str, shape: tuple[int, ...], format: str) -> None:
+    measured = time_products(operation, shape, format, Stopwatch(seconds=0.001))
+    assert [m.product for m in measured] == ["output", "grad_input", "grad_weight"]
+    assert all(m.milliseconds > 0 and m.rate > 0 and m.shape == shape and m.format == format for m in measured)
+
+
+def test_operations_are_counted_as_two_for_a_multiply_add() -> None:
+    assert count_operations("matmul", (2, 3, 4)) == 48
+    assert count_operations("conv2d", (1, 4, 8, 6, 6, 3, 2, 2)) == 2 * 2 * 8 * 3 * 3 * 9
+
+
+def test_stopwatch_calls_at_least_five_times_and_a_slow_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ms, expected in ((1.0, 5), (1e6, 1), (1e-6, 52)):
+        calls: list[int] = []
+
+        def time_once(self: Stopwatch, call: object, ms: float = ms, calls: list[int] = calls) -> float:
+            calls.append(1)
+            return ms
+
+        monkeypatch.setattr(Stopwatch, "time_once", time_once)
+        assert Stopwatch(seconds=0.003).time(lambda: None) == ms
+        assert len(calls) == expected
