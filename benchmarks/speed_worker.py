@@ -6,7 +6,8 @@
     torch-amp-tuned      the same with the settings of fp32-tuned
     torch-amp-compile    the same with torch.compile on the model, for fixed shapes
     halfstep             `prepare(model, optimizers, "auto")` with the settings of fp32-tuned
-    halfstep-memory      the same, activations saved in int8 and gradients released: `prepare(..., saved="int8", release=True)`
+    halfstep-memory      the same, activations saved in int8, gradients released and optimizer states in 8 bits:
+                         `prepare(..., saved="int8", release=True, states="8-bit")`
     halfstep-compile     halfstep, and torch.compile after the first step, when "auto" has chosen: before, it cannot be traced,
                          and a model that was compiled before `prepare` would be timed by "auto" while it compiles
 
@@ -96,7 +97,8 @@ class HalfstepTrainer:
         self, model: nn.Module, optimizers: list[Optimizer], *, compiled: bool = False, small: bool = False
     ) -> None:
         self.model, self.compiled = model, compiled
-        self.stepper = halfstep.prepare(model, optimizers, "auto", saved="int8" if small else None, release=small)
+        saved, states = ("int8", "8-bit") if small else (None, None)
+        self.stepper = halfstep.prepare(model, optimizers, "auto", saved=saved, states=states, release=small)
 
     def autocast(self) -> AbstractContextManager[object]:
         return self.stepper.autocast()

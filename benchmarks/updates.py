@@ -11,6 +11,8 @@ the same round: a ratio says what a busy machine does not. Times are of the thre
     wide, split, fp32             halfstep: fp32 weights; bf16 behind each master, in one pass
     ..., loop                     the same with the bits of torch's loop (fused=None) in place of its fused kernels'
     split, chunks                 as without kernels: widened, stepped by torch, narrowed
+    ..., 8-bit                    with optimizer states in 8 bits, decoded and encoded on the way
+    split, 8-bit, chunks          as without kernels: states are widened too
     none                          bf16 weights without a master, stepped by torch's fused AdamW in bf16
 
 Many small tensors: the same with 300 tensors of 4 Ki numbers, where calls cost as much as arithmetic.
@@ -31,7 +33,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ from torch import Tensor, nn
 from halfstep.machine.hardware import name_machine, read_load
 from halfstep.machine.runtime import tune_process
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.optimizer_states import NarrowStates
 from halfstep.numerics.updates import KERNELS
 
 ROOT = Path(__file__).parent.parent
@@ -49,10 +52,24 @@ BASE = "torch fused"
 TORCH: dict[str, dict[str, bool]] = {
     BASE: {"fused": True}, "torch loop": {"foreach": False, "fused": False}, "torch foreach": {"foreach": True}
 }  # fmt: skip
-OURS: dict[str, tuple[str, bool, bool]] = {  # master, torch's fused bits, in one pass
-    "wide": ("", True, True), "split": ("split", True, True), "fp32": ("fp32", True, True),
-    "wide, loop": ("", False, True), "split, loop": ("split", False, True),
-    "split, chunks": ("split", True, False), "none": ("none", True, True),
+
+
+class Way(NamedTuple):
+    """How halfstep updates."""
+
+    master: str = ""
+    fused: bool = True  # with the bits of torch's fused optimizer
+    in_one_pass: bool = True
+    eight_bits: bool = False  # states
+
+
+OURS = {
+    "wide": Way(), "split": Way("split"), "fp32": Way("fp32"),
+    "wide, loop": Way(fused=False), "split, loop": Way("split", fused=False),
+    "wide, 8-bit": Way(eight_bits=True), "split, 8-bit": Way("split", eight_bits=True),
+    "split, 8-bit, loop": Way("split", fused=False, eight_bits=True),
+    "split, 8-bit, chunks": Way("split", in_one_pass=False, eight_bits=True),
+    "split, chunks": Way("split", in_one_pass=False), "none": Way("none"),
 }  # fmt: skip
 Step = Callable[[], float]
 
@@ -72,17 +89,22 @@ def build_torch(start: Tensor, tensors: int, options: dict[str, bool]) -> Step:
     return step
 
 
-def build_ours(start: Tensor, tensors: int, master: str, *, fused: bool, in_one_pass: bool) -> Step:
-    params, masters = [nn.Parameter(part.clone()) for part in start.chunk(tensors)], MasterWeights(fused=in_one_pass)
-    for parameter in params if master else []:
-        masters.narrow(parameter, torch.bfloat16, master)
-    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=fused)
+def build_ours(start: Tensor, tensors: int, way: Way) -> Step:
+    params, masters = (
+        [nn.Parameter(part.clone()) for part in start.chunk(tensors)],
+        MasterWeights(fused=way.in_one_pass),
+    )
+    for parameter in params if way.master else []:
+        masters.narrow(parameter, torch.bfloat16, way.master)
+    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=way.fused)
+    widened = NarrowStates(optimizer).widened if way.eight_bits else None
     gradients = {parameter: torch.randn_like(parameter) for parameter in params}
 
     def step() -> float:
         given = dict(gradients)
         begun = read_clock()
-        masters.step(optimizer, given, 1.0 if master == "none" or not in_one_pass else 0.999)
+        factor = 1.0 if way.master == "none" or not way.in_one_pass else 0.999
+        masters.step(optimizer, given, factor, widened=widened)
         return read_clock() - begun
 
     return step
@@ -97,8 +119,8 @@ def measure(size: int, threads: int, rounds: int, tensors: int = TENSORS) -> dic
     torch.set_num_threads(threads)
     start = torch.randn(size)
     arms = {name: build_torch(start, tensors, options) for name, options in TORCH.items()}
-    for name, (master, fused, in_one_pass) in OURS.items():
-        arms[name] = build_ours(start, tensors, master, fused=fused, in_one_pass=in_one_pass)
+    for name, way in OURS.items():
+        arms[name] = build_ours(start, tensors, way)
     return compare(arms, BASE, rounds, 1e9 / size, "ns")
 
 

@@ -14,7 +14,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.optimizer_states import NarrowStates
 from halfstep.numerics import native_steps
+from halfstep.numerics.codebooks import SMALLEST, Quantized
 from halfstep.numerics.movement import Watch
 from halfstep.numerics.updates import KERNELS
 from halfstep.stepper import prepare
@@ -186,6 +188,141 @@ def test_parameters_that_go_either_way_may_stand_in_one_optimizer() -> None:
     assert described.startswith("native: ") and "; torch for 4 of 6 parameters: " in described
     named = ("amsgrad=True has no kernel", "master 'kahan' behind bf16", "master 'split24' behind bf16")
     assert all(words in described for words in named)
+
+
+LARGE = [(70, 65), (64,), (4096,), (64, 8, 3, 3), (4095,), (33, 200)]
+
+
+def build_narrow(
+    optimizer_of: Any, *, kind: str, fused: bool, seed: int = 0
+) -> tuple[list[nn.Parameter], MasterWeights, Optimizer, NarrowStates]:
+    with seeded(seed):
+        params = [nn.Parameter(torch.randn(shape)) for shape in LARGE]
+    masters = narrow_all(MasterWeights(fused=fused), params, kind)
+    optimizer = optimizer_of(params)
+    return params, masters, optimizer, NarrowStates(optimizer)
+
+
+def draw_large(turn: int, dtype: torch.dtype) -> list[Tensor]:
+    noise = torch.Generator().manual_seed(turn)
+    return [torch.randn(shape, generator=noise).to(dtype) for shape in LARGE]
+
+
+def step_narrow(
+    made: tuple[Any, MasterWeights, Optimizer, NarrowStates], turn: int, dtype: torch.dtype, **words: Any
+) -> Any:
+    params, masters, optimizer, states = made
+    given = dict(zip(params, draw_large(turn, dtype), strict=True))
+    return masters.step(optimizer, given, 0.3, widened=states.widened, **words)
+
+
+NARROW_KINDS = {
+    "AdamW": lambda p: AdamW(p, lr=0.01, weight_decay=0.1),
+    "Adam": lambda p: Adam(p, lr=0.01, weight_decay=0.1),
+    "groups": lambda p: AdamW([{"params": p[:3]}, {"params": p[3:], "lr": 0.1, "weight_decay": 0.0}]),
+}
+narrow_kinds = pytest.mark.parametrize("name", NARROW_KINDS)
+
+
+@narrow_kinds
+@pytest.mark.parametrize("kind", ["split", "fp32", "none"])
+@pytest.mark.parametrize("watch", [False, True])
+def test_states_in_8_bits_have_the_bits_of_torchs_steps_in_fp32_between_two_roundings(
+    monkeypatch: pytest.MonkeyPatch, name: str, kind: str, watch: bool
+) -> None:
+    dtype = torch.float32 if kind == "none" else torch.bfloat16
+    found = []
+    for fused in (False, True):
+        made = build_narrow(NARROW_KINDS[name], kind=kind, fused=fused)
+        with monkeypatch.context() as patch:
+            if fused:
+                refuse(patch)
+                assert made[1].describe_updates(made[2], narrow=True) == KERNELS.describe()
+            for turn in range(8):
+                step_narrow(made, turn, dtype, watch=watch)
+        found.append(made)
+    for a, b in zip(*(made[0] for made in found), strict=True):
+        assert torch.equal(bits(found[0][1].read(a)), bits(found[1][1].read(b)))
+        theirs, ours = found[0][2].state[a], found[1][2].state[b]
+        assert list(theirs) == list(ours) and theirs["step"] == ours["step"] == 8
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert isinstance(ours[key], Quantized) == isinstance(theirs[key], Quantized) == (a.numel() >= SMALLEST)
+            if isinstance(ours[key], Quantized):
+                assert (ours[key].signed, ours[key].shape) == (theirs[key].signed, theirs[key].shape)
+                assert torch.equal(ours[key].codes, theirs[key].codes)
+                assert torch.equal(ours[key].scales, theirs[key].scales)
+            else:
+                assert torch.equal(ours[key], theirs[key])
+
+
+@narrow_kinds
+@pytest.mark.parametrize("fused", [False, True])
+def test_states_in_8_bits_are_saved_and_go_on_in_either_way(name: str, fused: bool) -> None:
+    straight = build_narrow(NARROW_KINDS[name], kind="split", fused=fused)
+    for turn in range(4):
+        step_narrow(straight, turn, torch.bfloat16)
+    saved = copy.deepcopy(straight[2].state_dict())
+    values = [straight[1].read(p) for p in straight[0]]
+    other = build_narrow(NARROW_KINDS[name], kind="split", fused=not fused, seed=1)
+    for parameter, value in zip(other[0], values, strict=True):
+        other[1].write(parameter, value)
+    other[2].load_state_dict(saved)
+    for index, parameter in enumerate(other[0]):  # in fp32, as a stepper's Optimizers takes them
+        other[2].state[parameter].update({k: v.clone() for k, v in saved["state"][index].items()})
+    other[3].narrow(other[0])
+    for turn in range(4, 8):
+        step_narrow(straight, turn, torch.bfloat16)
+        step_narrow(other, turn, torch.bfloat16)
+    for a, b in zip(straight[0], other[0], strict=True):
+        assert torch.equal(bits(straight[1].read(a)), bits(other[1].read(b)))
+
+
+def test_states_that_overflow_are_stepped_by_torch_and_come_back_to_the_kernel() -> None:
+    found = []
+    for fused in (False, True):
+        made = build_narrow(NARROW_KINDS["AdamW"], kind="split", fused=fused)
+        params, masters, optimizer, states = made
+        for turn, size in enumerate((1.0, 1e30, 1.0)):
+            given = dict(zip(params, draw_large(turn, torch.float32), strict=True))
+            given[params[0]][3, 4] = size
+            masters.step(optimizer, given, widened=states.widened)
+        state = optimizer.state[params[0]]
+        assert isinstance(state["exp_avg"], Quantized) and state["exp_avg_sq"][3, 4] == torch.inf
+        assert isinstance(optimizer.state[params[2]]["exp_avg_sq"], Quantized)
+        found.append([masters.read(p) for p in params] + [state["step"]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_states_in_8_bits_that_are_left_to_torch_say_why() -> None:
+    with seeded(0):
+        params = [nn.Parameter(torch.randn(128, 64).T), nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(5))]
+    masters = MasterWeights()
+    described = masters.describe_updates(AdamW(params), narrow=True)
+    assert described.endswith(
+        "torch for 1 of 3 parameters: 8-bit states have no kernel for weights that do not lie row by row"
+    )
+    described = masters.describe_updates(SGD(params, momentum=0.9), narrow=True)
+    assert described.startswith("native: ")
+    assert described.endswith("torch for 2 of 3 parameters: momentum in 8 bits has no kernel")
+    assert masters.describe_updates(SGD(params), narrow=True) == KERNELS.describe()
+    table = nn.Parameter(torch.randn(100, 64))
+    sparse = torch.optim.SparseAdam([table])
+    assert masters.describe_updates(sparse, narrow=True) == "torch: 8-bit states have no kernel for sparse gradients"
+
+
+@pytest.mark.parametrize("make", [AdamW, lambda p: SGD(p, lr=0.1, momentum=0.9)])
+def test_states_in_8_bits_that_are_left_to_torch_are_the_same(make: Any) -> None:
+    found = []
+    for fused in (False, True):
+        with seeded(0):
+            params = [nn.Parameter(torch.randn(128, 64).T), nn.Parameter(torch.randn(64, 64))]
+            masters, optimizer = MasterWeights(fused=fused), make(params)
+            states = NarrowStates(optimizer)
+            for _ in range(5):
+                masters.step(optimizer, {p: torch.randn(p.shape) for p in params}, widened=states.widened)
+        assert all(isinstance(v, Quantized) for p in params for k, v in optimizer.state[p].items() if k != "step")
+        found.append([p.detach() for p in params])
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*found, strict=True))
 
 
 class Mine(AdamW):

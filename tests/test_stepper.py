@@ -24,8 +24,9 @@ from halfstep.conversion import convert
 from halfstep.distributed import Alone
 from halfstep.errors import FormatError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
 from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
-from halfstep.mechanisms.optimizer_states import Quantized
 from halfstep.numerics import scaled_attention
+from halfstep.numerics.codebooks import Quantized
+from halfstep.numerics.updates import KERNELS
 from halfstep.plan import Plan
 from halfstep.records import StepOutcome
 from halfstep.stepper import Stepper, prepare, read_plan
@@ -1645,6 +1646,47 @@ def test_saved_and_release_work_together(mode: str) -> None:
     rounded, exact = (torch.cat([w.float().flatten() for w in found[i][0].values()]) for i in (0, 2))
     moved = exact - torch.cat([p.detach().flatten() for p in make_wide().parameters()])
     assert 0 < (rounded - exact).norm() < 0.2 * moved.norm()
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", SPLIT])
+def test_states_saved_and_release_work_together_and_resume(mode: str) -> None:
+    """The steps are those without release, to the bit, also after they were saved and loaded in the middle."""
+    batches = [
+        (torch.randn(4096, 8, generator=torch.Generator().manual_seed(i)), torch.zeros(4096, 3)) for i in range(6)
+    ]
+    models = [make_wide(), make_wide(), make_wide(1)]
+    steppers = [
+        prepare(m, make_adamw(m, fused=True), mode, saved="int8", states="8-bit", release=release)
+        for m, release in zip(models, (True, False, True), strict=True)
+    ]
+    for stepper in steppers:
+        assert stepper.plan_record is not None and stepper.plan_record.updates == (f"AdamW: {KERNELS.describe()}",)
+    assert all(outcome.applied for stepper in steppers[:2] for outcome in train(stepper, batches[:3]))
+    assert any(isinstance(v, Quantized) for state in steppers[0].optimizer.state.values() for v in state.values())
+    saved = copy.deepcopy((steppers[0].state_dict(), copy_weights(models[0]), steppers[0].optimizer.state_dict()))
+    steppers[2].load_state_dict(saved[0])
+    models[2].load_state_dict(saved[1])
+    steppers[2].optimizer.load_state_dict(saved[2])
+    for stepper in steppers:
+        train(stepper, batches[3:])
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    assert_same(copy_weights(models[0]), copy_weights(models[2]))
+
+
+def test_states_are_said_of_whatever_plan_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_plan(monkeypatch, SPLIT)
+    model = make_wide()
+    stepper = prepare(
+        model, SGD(model.parameters(), lr=0.1, momentum=0.9), "auto", states="8-bit", profile=make_profile()
+    )
+    train(stepper, make_regression_batches(1))
+    assert stepper.plan.states == "8-bit" and stepper.plan_record is not None
+    assert "momentum in 8 bits has no kernel" in stepper.plan_record.updates[0]
+    stepper.adopt(Plan.preset("32-true"))
+    assert stepper.plan.states == "8-bit"
+    other = make_wide()
+    with pytest.raises(PlanError, match="8-bit"):
+        prepare(other, make_adamw(other), "auto", states="9-bit")
 
 
 def test_saved_is_for_what_no_rule_speaks_of_and_outlives_another_plan() -> None:

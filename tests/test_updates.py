@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.numerics import kernels, rows, updates
+from halfstep.numerics.codebooks import BLOCK, Quantized, make_zeros, quantize
 from halfstep.numerics.updates import BEGINS, COPY, GOES_ON, NONE, SPLIT, WIDE, AdamStep, SgdStep, Weight, lie_alike
 from halfstep.numerics.words import join, split
 from helpers import bits, require_refusal, seeded
@@ -191,6 +192,129 @@ def test_kernels_give_the_bits_of_the_truth_at_the_ends_of_fp32(
         assert torch.equal(truth.nan_to_num(7.0), fast.nan_to_num(7.0))
 
 
+def run_narrow(
+    update: Callable[..., Any], weight: Weight, gradients: list[Tensor], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    states: tuple[Any, Any] = make_zeros(weight.live.shape), make_zeros(weight.live.shape)
+    for t, gradient in enumerate(gradients, 1):
+        states = update(weight, gradient, *states, AdamStep.of(count=t, **options))
+    return states
+
+
+def assert_same_narrow(truth: tuple[Any, Any], fast: tuple[Any, Any]) -> None:
+    for a, b in zip(truth, fast, strict=True):
+        if isinstance(a, Tensor):  # not finite
+            assert isinstance(b, Tensor) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+            continue
+        assert isinstance(b, Quantized) and (a.signed, a.shape) == (b.signed, b.shape)
+        assert torch.equal(bits(a.scales), bits(b.scales)) and torch.equal(a.codes, b.codes)
+
+
+@storages
+@pytest.mark.parametrize("count", [1, 7, BLOCK, 1029, 4097, 70_001])
+@pytest.mark.parametrize("nearest", [True, False])
+@pytest.mark.parametrize("name", ADAMS)
+def test_states_in_8_bits_have_the_codes_of_the_truth(storage: int, count: int, nearest: bool, name: str) -> None:
+    kind, extra = ADAMS[name]
+    start, gradients = draw(count, 7, torch.float32 if storage == WIDE else torch.bfloat16)
+    gradients = [gradients[0].abs(), *gradients[1:4], torch.zeros_like(gradients[0]), *gradients[5:]]
+    options = take_options(kind, extra, factor=0.37, nearest=nearest)
+    found = []
+    for update in (updates.update_adam_narrow_slowly, updates.update_adam_narrow):
+        weight = keep(start, storage)
+        found.append((run_narrow(update, weight, gradients, options), read(weight), weight.live))
+    assert_same_narrow(found[0][0], found[1][0])
+    assert torch.equal(bits(found[0][1]), bits(found[1][1]))
+    assert torch.equal(found[0][2], found[1][2])
+
+
+def test_states_in_8_bits_move_weights_as_fp32_states_do_in_the_first_step_and_nearly_so_later() -> None:
+    start, gradients = draw(5000, 6, torch.float32)
+    options = take_options(torch.optim.AdamW, {}, factor=1.0, nearest=True)
+    for steps, share in ((1, 0.0), (6, 0.1)):
+        wide, narrow = keep(start, WIDE), keep(start, WIDE)
+        run_adam(updates.update_adam, wide, gradients[:steps], options)
+        run_narrow(updates.update_adam_narrow, narrow, gradients[:steps], options)
+        assert (narrow.live - wide.live).norm() <= share * (wide.live - start).norm()
+
+
+def test_each_number_gets_the_code_that_the_truth_gives_it() -> None:
+    """Gradients are means where beta1 is 0. All fp16 numbers up to 1, what lies halfway between them, and the neighbours of
+    both, with both signs and without."""
+    halves = torch.arange(0x3C01, dtype=torch.int16).view(torch.float16).float()
+    between = torch.cat([halves, (halves[1:] + halves[:-1]) / 2])
+    numbers = torch.cat([between, between.nextafter(torch.tensor(0.0)), between.nextafter(torch.tensor(1.0))])
+    blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % (BLOCK - 1))).view(-1, BLOCK - 1)
+    positive = torch.cat([blocks, torch.ones(len(blocks), 1)], 1).view(-1)  # 1 is the scale of each
+    options: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (0.0, 0.5),
+        "eps": 1.0,
+        "decay": 0.0,
+        "decoupled": True,
+        "nearest": True,
+    }
+    for gradient in (positive, positive * torch.tensor([1.0, -1.0]).repeat(len(positive) // 2)):
+        exp_avg, _ = run_narrow(updates.update_adam_narrow, Weight(torch.zeros_like(gradient)), [gradient], options)
+        expected = quantize(gradient)
+        assert exp_avg.signed == expected.signed and torch.equal(exp_avg.codes, expected.codes)
+
+
+@storages
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e19, 1e30])
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_states_that_would_not_be_finite_are_left_to_the_truth(storage: int, bad: float, name: str) -> None:
+    kind, extra = ADAMS[name]
+    start, gradients = draw(40_000, 2, torch.float32)
+    gradients[1][39_999] = bad
+    options = take_options(kind, extra, factor=1.0, nearest=True)
+    found = []
+    for update in (updates.update_adam_narrow_slowly, updates.update_adam_narrow):
+        weight = keep(start, storage)
+        found.append((run_narrow(update, weight, gradients, options), read(weight).nan_to_num(7.0)))
+    assert_same_narrow(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert isinstance(found[1][0][1], Quantized) == (bad == 1e19)
+
+
+def test_of_a_group_only_what_does_not_fit_is_left_and_its_steps_are_not_counted() -> None:
+    functions = updates.KERNELS.library.functions
+    if functions is None:
+        pytest.skip("no kernels here")
+    step = AdamStep.of(lr=0.02, betas=(0.9, 0.99), eps=1e-6, decay=0.1, decoupled=True, count=1)
+    sizes = [5000, 70_000, 1, 4096, 257]
+    group: list[Any] = []
+    expected: list[tuple[Tensor, Any]] = []
+    for i, size in enumerate(sizes):
+        start, (gradient,) = draw(size, 1, torch.float32, seed=i)
+        if i == 1:
+            gradient[-1] = torch.inf
+        states = make_zeros(start.shape), make_zeros(start.shape)
+        group.append((Weight(start.clone()), gradient, *states, torch.zeros(())))
+        truth = Weight(start.clone())
+        if i == 1:
+            expected.append((truth.live, states))
+        else:
+            expected.append((truth.live, updates.update_adam_narrow_slowly(truth, gradient, *states, step)))
+    found = updates.run_adam_narrow(functions, group, step)
+    assert [states is not None for states in found] == [i != 1 for i in range(len(sizes))]
+    for (weight, _, m, v, steps), after, (live, truth_states) in zip(group, found, expected, strict=True):
+        assert steps.item() == (after is not None)
+        assert torch.equal(bits(weight.live), bits(live))
+        assert_same_narrow(truth_states, after or (m, v))
+
+
+def test_codes_of_weights_that_do_not_lie_row_by_row_are_left_to_the_truth() -> None:
+    with seeded(1):
+        start, gradient = torch.randn(70, 64), torch.randn(70, 64)
+    options = take_options(torch.optim.AdamW, {}, factor=1.0, nearest=True)
+    turned, straight = Weight(start.T.contiguous().T), Weight(start.clone())
+    assert updates.take_narrow(turned, gradient, make_zeros(start.shape), make_zeros(start.shape)) is None
+    found = [run_narrow(updates.update_adam_narrow, w, [gradient] * 2, options) for w in (turned, straight)]
+    assert_same_narrow(*found)
+    assert torch.equal(turned.live, straight.live)
+
+
 @both
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_is_seen_in_the_weight(
@@ -241,6 +365,9 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
         ("fmaf(a.second * g, g, v * a.kept)", "a.second * g * g + v * a.kept"),
         ("a.step * m / (root", "m / (root"),
         ("fmaf(s.step, g, w)", "w + s.step * g"),
+        ("as_word(x + 0.5f) - 0x3F000000", "as_word(x + 0.5f) - 0x3EFFFFFF"),
+        ("codes[i] | ((codes[i] == 0) & (x[i] > 0.0f))", "codes[i]"),
+        ("negative |= step_mean(m[i], g[i], a) < 0.0f", "negative |= step_mean(m[i], g[i], a) > 0.0f"),
     )
     require_refusal(updates.KERNELS, changes, monkeypatch, tmp_path)
 

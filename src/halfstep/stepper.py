@@ -44,6 +44,7 @@ from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import (
     Options,
     read_saved,
+    read_states,
     require_alone,
     require_possible,
     require_stand_ins,
@@ -453,6 +454,7 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     profile: HardwareProfile | None = None,
     recovery: str | None = None,
     saved: str | None = None,
+    states: str | None = None,
     ranks: Ranks | None = None,
 ) -> Stepper:
     """Make a model and its optimizer train under a plan.
@@ -475,7 +477,9 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         recovery: what is done about failures that come back, in place of what the plan says: "skip", "back-off", "roll-back",
             "widen" or "stop", as `control.controller` defines them.
         saved: format in which activations wait for the backward pass where no rule of the plan says so, also of the one that
-            "auto" finds: "bf16", "int8" or "int4". With `release` the smallest process at little cost in time.
+            "auto" finds: "bf16", "int8" or "int4".
+        states: how the optimizers' states are kept between steps, in place of what the plan says: "fp32" or "8-bit", a quarter of
+            their memory. With `saved` and `release` the smallest process at little cost in time.
         ranks: the processes that train this model together, which agree on every step: all of them where torch.distributed
             is initialised, a `distributed.Group(process_group)`, or `distributed.Alone()`.
 
@@ -495,6 +499,7 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         accumulate=accumulate, clip=clip, release=release, profile=profile, ranks=ranks,
         schedulers=take_several(schedulers, LRScheduler), averages=take_several(averages, AveragedModel),
         recovery=None if recovery is None else find_policy(recovery), saved=None if saved is None else read_saved(saved),
+        states=None if states is None else read_states(states),
     )  # fmt: skip
     require_possible(options, model, optimizers)
     stepper = Stepper(model, optimizers, options)

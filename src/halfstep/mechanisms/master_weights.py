@@ -12,7 +12,8 @@ one chunk is wide at a time; optimizers skip parameters that have no gradient, w
 
 One pass: where AdamW, Adam or SGD is stepped on the processor, nothing is widened. Parameters behind `split`, behind `fp32` with
 bf16, and those that are fp32 anyway are read, updated and written in one pass over memory (`numerics.native_steps` says which
-and why not others), with the gradient in the bits it came in. It is the same update, to the bit that torch's own would give.
+and why not others), with the gradient in the bits it came in, and states in 8 bits as they are. It is the same update, to the bit
+that torch's own would give.
 
 Rows: where a gradient is sparse, SparseAdam, Adagrad and SGD read, update and write the rows that it names in the same way
 (`numerics.native_rows`). Behind other masters those rows are widened, stepped by torch and narrowed again.
@@ -20,6 +21,7 @@ Rows: where a gradient is sparse, SparseAdam, Adagrad and SGD read, update and w
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,13 @@ from halfstep.errors import UnsupportedError
 from halfstep.numerics import rows, updates
 from halfstep.numerics.movement import ELEMENTWISE, FORMAT_NAMES, Watch
 from halfstep.numerics.native_rows import find_rows_reason, step_rows
-from halfstep.numerics.native_steps import Job, find_group_reason, find_reason, step_natively
+from halfstep.numerics.native_steps import (
+    Job,
+    find_group_reason,
+    find_narrow_reason,
+    find_reason,
+    step_natively,
+)
 from halfstep.numerics.noise import derive_keys
 from halfstep.numerics.openings import (
     Opened,
@@ -59,6 +67,10 @@ DENSE = {*ELEMENTWISE.difference((torch.optim.SGD, torch.optim.Adagrad)), torch.
 
 BY_ROWS = {torch.optim.SparseAdam, torch.optim.Adagrad, torch.optim.SGD}
 """Optimizers that take sparse gradients and treat rows one by one; SGD without momentum."""
+
+
+Step = Callable[[Optimizer, dict[str, Any], list[Job], float], list[nn.Parameter]]
+"""An update of parameters of a group, times a factor; returns those that were updated."""
 
 
 def _find_places(optimizer: Optimizer) -> Places:
@@ -203,13 +215,14 @@ class MasterWeights:
         factor: float = 1.0,
         *,
         watch: bool = False,
-        around: Callable[[list[nn.Parameter]], AbstractContextManager[None]] | None = None,
+        widened: Callable[[list[nn.Parameter]], AbstractContextManager[None]] | None = None,
     ) -> tuple[Stall, ...]:
         """One optimizer step with `gradients` times `factor`, chunk by chunk; leaves no gradient behind.
 
         The gradients are used up. Where `watch` is true, the parameter groups that stall are returned, as
         `numerics.movement` defines it; the update is the same to the bit, and costs more.
-        around: a block that every chunk of parameters is stepped in, which may prepare their optimizer states.
+        widened: where optimizer states are kept in 8 bits, the block in which those of some parameters are in fp32
+            (`optimizer_states.NarrowStates.widened`); what cannot be stepped in one pass is stepped in it, chunk by chunk.
 
         Raises UnsupportedError for a sparse gradient that the optimizer is known to refuse; nothing has moved then.
         """
@@ -220,12 +233,13 @@ class MasterWeights:
         watcher = Watch(optimizer, gradients) if watch else None
         for parameter in gradients:
             parameter.grad = None
-        if around is None and self._step_in_one_pass(optimizer, gradients, factor, watcher):
+        narrow = widened is not None
+        if self._step_in_one_pass(optimizer, gradients, factor, watcher, narrow=narrow):
             return watcher.judge() if watcher else ()
         places = _find_places(optimizer)
-        for chunk in self._chunks(optimizer, gradients, wide_too=around is not None):
+        for chunk in self._chunks(optimizer, gradients, wide_too=narrow):
             opened: list[Opened] = []
-            with around(chunk) if around else nullcontext(), ExitStack() as narrowing:
+            with widened(chunk) if widened else nullcontext(), ExitStack() as narrowing:
                 for parameter in chunk:
                     opening = self._open(optimizer, places, parameter, gradients.pop(parameter), factor)
                     opened.append(narrowing.enter_context(opening))
@@ -263,9 +277,9 @@ class MasterWeights:
             return open_rows(optimizer, places, parameter, gradient, truth, keys)
         return open_whole(optimizer, places, parameter, gradient, truth, keys)
 
-    def describe_updates(self, optimizer: Optimizer) -> str:
+    def describe_updates(self, optimizer: Optimizer, *, narrow: bool = False) -> str:
         """What computes an optimizer's updates: "native: ..." with the compiler, or "torch: ..." and the reason; both where it
-        differs from parameter to parameter.
+        differs from parameter to parameter. narrow: with states in 8 bits.
 
         Examples:
             >>> masters, weight = MasterWeights(), nn.Parameter(torch.ones(3))
@@ -280,7 +294,10 @@ class MasterWeights:
             dense, sparse = find_group_reason(optimizer, group), find_rows_reason(optimizer, group)
             for p in group["params"]:
                 by_rows = p in self._by_rows or type(optimizer) is torch.optim.SparseAdam
-                reasons.append((sparse if by_rows else dense) or self._find_reason(p, self._truths.get(p)))
+                reason = (sparse if by_rows else dense) or self._find_reason(p, self._truths.get(p))
+                if narrow and not reason:
+                    reason = find_narrow_reason(optimizer, group, p, sparse=by_rows)
+                reasons.append(reason)
                 kernels = rows.KERNELS if by_rows else kernels
         left = [reason for reason in reasons if reason]
         if not left:
@@ -308,15 +325,21 @@ class MasterWeights:
         return f"{name} weights without a master have no kernel"
 
     def _step_in_one_pass(
-        self, optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor], factor: float, watcher: Watch | None
+        self,
+        optimizer: Optimizer,
+        gradients: dict[nn.Parameter, Tensor],
+        factor: float,
+        watcher: Watch | None,
+        *,
+        narrow: bool,
     ) -> bool:
-        """Update what can be updated without widening, and take its gradients out; whether that was all."""
+        """Update what can be updated without widening, and take its gradients out; whether that was all. narrow: states are
+        in 8 bits."""
         if not self.fused or not gradients or find_reason(optimizer):
             return False
+        steps: tuple[Step, Step] = (partial(step_natively, narrow=narrow), step_rows)
         for group in optimizer.param_groups:
-            for step, jobs in zip(
-                (step_natively, step_rows), self._find_jobs(optimizer, group, gradients), strict=True
-            ):
+            for step, jobs in zip(steps, self._find_jobs(optimizer, group, gradients, narrow=narrow), strict=True):
                 if watcher:  # one by one: it sees a wide copy of each
                     done = [p for job in jobs for p in self._step_watched(step, optimizer, group, job, factor, watcher)]
                 else:
@@ -328,7 +351,7 @@ class MasterWeights:
         return not gradients
 
     def _find_jobs(
-        self, optimizer: Optimizer, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor]
+        self, optimizer: Optimizer, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor], *, narrow: bool
     ) -> tuple[list[Job], list[Job]]:
         """Parameters of a group that may be updated without widening: those with a dense gradient, and with a sparse one."""
         dense, by_rows = find_group_reason(optimizer, group), find_rows_reason(optimizer, group)
@@ -340,6 +363,8 @@ class MasterWeights:
             truth, is_sparse = self._truths.get(parameter) if self._truths else None, gradient.is_sparse
             if (by_rows if is_sparse else dense) or self._find_reason(parameter, truth):
                 continue
+            if narrow and find_narrow_reason(optimizer, group, parameter, sparse=is_sparse):
+                continue
             if truth:
                 self._refresh(parameter, truth)
                 jobs[is_sparse].append((parameter, Weight(truth.live, truth.kept), gradient))
@@ -349,7 +374,7 @@ class MasterWeights:
 
     def _step_watched(
         self,
-        step: Callable[[Optimizer, dict[str, Any], list[Job], float], list[nn.Parameter]],
+        step: Step,
         optimizer: Optimizer,
         group: dict[str, Any],
         job: Job,

@@ -11,6 +11,7 @@ would see that its `step` was not called:
     no hooks before or after a step          they may look at gradients or change them
     no amsgrad, maximize, differentiable, capturable; numbers as hyperparameters
     fp32 states, gradients in 16 bits or fp32, all dense and in the same order in memory
+    states in 8 bits: AdamW's and Adam's, of weights that lie in memory row by row, as codes do
 
 A kernel is called once for all parameters of a group whose weights are kept alike, whose gradients have the same width, and which
 have taken as many steps: of a model of many small tensors, calls would cost more than the arithmetic.
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim import optimizer as torch_optimizer
 
+from halfstep.numerics.codebooks import SMALLEST, Quantized, make_zeros
 from halfstep.numerics.updates import (
     BEGINS,
     GOES_ON,
@@ -37,8 +39,10 @@ from halfstep.numerics.updates import (
     Tensors,
     Weight,
     run_adam,
+    run_adam_narrow,
     run_sgd,
     take,
+    take_narrow,
 )
 
 KINDS = (AdamW, Adam, SGD)
@@ -93,6 +97,26 @@ def find_group_reason(optimizer: Optimizer, group: dict[str, Any]) -> str:
     return find_switch(group) or ("" if KERNELS.library.functions else KERNELS.library.why)
 
 
+def find_narrow_reason(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, *, sparse: bool = False) -> str:
+    """Why a parameter of a group that has kernels is left to torch where states are kept in 8 bits; empty where it is not.
+
+    sparse: whether its gradients are.
+
+    Examples:
+        >>> weight = torch.zeros(64, 64)
+        >>> optimizer = torch.optim.SGD([weight], momentum=0.9)
+        >>> find_narrow_reason(optimizer, optimizer.param_groups[0], weight)
+        'momentum in 8 bits has no kernel'
+    """
+    if parameter.numel() < SMALLEST:
+        return ""  # its states are fp32
+    if type(optimizer) is SGD:
+        return "momentum in 8 bits has no kernel" if group["momentum"] else ""
+    if sparse:
+        return "8-bit states have no kernel for sparse gradients"
+    return "" if parameter.is_contiguous() else "8-bit states have no kernel for weights that do not lie row by row"
+
+
 def find_switch(group: dict[str, Any]) -> str:
     """What hyperparameters ask for that no kernel does; empty where there is nothing."""
     switched = [name for name in SWITCHES if group.get(name)]
@@ -106,12 +130,18 @@ def find_switch(group: dict[str, Any]) -> str:
 
 
 def step_natively(
-    optimizer: Optimizer, group: dict[str, Any], jobs: Sequence[Job], factor: float
+    optimizer: Optimizer, group: dict[str, Any], jobs: Sequence[Job], factor: float, *, narrow: bool = False
 ) -> list[nn.Parameter]:
     """One update of parameters of a group for which there is no reason against it. Returns those that were updated; with the
-    others, whose tensors do not fit, nothing was done."""
-    functions, step = KERNELS.library.functions, _step_sgd if type(optimizer) is SGD else _step_adam
-    done = step(functions, optimizer, group, jobs, factor) if functions else []
+    others, whose tensors do not fit, nothing was done.
+
+    narrow: states of large parameters are in 8 bits, also those that begin here.
+    """
+    functions, done = KERNELS.library.functions, []
+    if functions and type(optimizer) is SGD:
+        done = _step_sgd(functions, optimizer, group, jobs, factor)
+    elif functions:
+        done = _step_adam(functions, optimizer, group, jobs, factor, narrow=narrow)
     note_steps(optimizer, done)
     return [parameter for parameter, *_ in done]
 
@@ -123,12 +153,15 @@ def note_steps(optimizer: Optimizer, jobs: Sequence[Job]) -> None:
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def _align(weight: Weight, gradient: Tensor, *states: Tensor) -> Tensor | None:
-    """A gradient that lies in memory otherwise than its weight, laid out like it; None where there is no kernel even so."""
+def _align(weight: Weight, gradient: Tensor, *states: Any) -> Tensor | None:
+    """The gradient, laid out like its weight if it lies in memory otherwise; None where there is no kernel even so."""
+    fits = take_narrow if any(isinstance(state, Quantized) for state in states) else take
+    if fits(weight, gradient, *states):
+        return gradient
     if gradient.layout is not torch.strided or gradient.stride() == weight.live.stride():
         return None
     gradient = torch.empty_like(weight.live, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
-    return gradient if take(weight, gradient, *states) else None
+    return gradient if fits(weight, gradient, *states) else None
 
 
 def sort_job(weight: Weight, gradient: Tensor, count: float) -> Alike:
@@ -137,48 +170,72 @@ def sort_job(weight: Weight, gradient: Tensor, count: float) -> Alike:
 
 
 def _step_adam(
-    functions: ctypes.CDLL, optimizer: Optimizer, group: dict[str, Any], jobs: Sequence[Job], factor: float
+    functions: ctypes.CDLL,
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    jobs: Sequence[Job],
+    factor: float,
+    *,
+    narrow: bool,
 ) -> list[Job]:
     fused, states = bool(group["fused"]), optimizer.state
     done: list[Job] = []
-    batches: dict[Alike, list[Tensors]] = defaultdict(list)
+    batches: dict[tuple[bool, Alike], list[tuple[Job, Any]]] = defaultdict(list)
     for job in jobs:
         parameter, weight, gradient = job
-        held = states.get(parameter)
-        state = held or _begin_adam(weight, fused=fused)
+        in_codes = narrow and parameter.numel() >= SMALLEST
+        held, kind = states.get(parameter), Quantized if in_codes else Tensor
+        state = held or _begin_adam(weight, fused=fused, in_codes=in_codes)
         exp_avg, exp_avg_sq, count = state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step")
-        if not (isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor) and isinstance(count, Tensor)):
+        if not (isinstance(exp_avg, kind) and isinstance(exp_avg_sq, kind) and isinstance(count, Tensor)):
             continue
-        aligned: Tensor | None = gradient
-        if take(weight, gradient, exp_avg, exp_avg_sq) is None:
-            aligned = _align(weight, gradient, exp_avg, exp_avg_sq)
+        aligned = _align(weight, gradient, exp_avg, exp_avg_sq)
         if aligned is None or not count.is_cpu:
             continue
         if not held:
             states[parameter] = state
-        steps: Tensor | None = count
-        if count.dtype is not torch.float32:  # the kernel counts in fp32
-            count.add_(1)
-            steps = None
-        number = count.item() + (steps is not None)
-        batches[sort_job(weight, aligned, number)].append((weight, aligned, exp_avg, exp_avg_sq, steps))
-        done.append(job)
+        raised = count if count.dtype is torch.float32 else None  # the kernel counts in fp32
+        tensors = (weight, aligned, exp_avg, exp_avg_sq, raised)
+        batches[in_codes, sort_job(weight, aligned, count.item() + 1)].append((job, tensors))
     lr = group["lr"]
-    for (_, _, number), batch in batches.items():
+    for (in_codes, (_, _, number)), batch in batches.items():
         numbers = AdamStep.of(
             lr=lr.squeeze() if isinstance(lr, Tensor) else lr, betas=group["betas"], eps=group["eps"],
             decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], count=number, factor=factor,
             nearest=fused,
         )  # fmt: skip
-        run_adam(functions, batch, numbers)
+        if in_codes:
+            batch = _run_narrow(functions, optimizer, batch, numbers)
+        else:
+            run_adam(functions, [tensors for _, tensors in batch], numbers)
+        for job, (*_, raised) in batch:
+            if raised is None:
+                states[job[0]]["step"].add_(1)
+            done.append(job)
     return done
 
 
-def _begin_adam(weight: Weight, *, fused: bool) -> dict[str, Any]:
+def _run_narrow(
+    functions: ctypes.CDLL, optimizer: Optimizer, batch: list[tuple[Job, Any]], numbers: AdamStep
+) -> list[tuple[Job, Any]]:
+    """Those that were updated."""
+    found = run_adam_narrow(functions, [tensors for _, tensors in batch], numbers)
+    for (job, _), states in zip(batch, found, strict=True):
+        if states:
+            optimizer.state[job[0]].update(zip(("exp_avg", "exp_avg_sq"), states, strict=True))
+    return [one for one, states in zip(batch, found, strict=True) if states]
+
+
+def _begin_adam(weight: Weight, *, fused: bool, in_codes: bool) -> dict[str, Any]:
     """The states that torch begins with."""
     double = torch.get_default_dtype() == torch.float64 and not fused
     step = torch.zeros((), dtype=torch.float64 if double else torch.float32, device="cpu")
-    zeros = [torch.zeros_like(weight.live, dtype=torch.float32, requires_grad=False) for _ in range(2)]
+    zeros: list[Any] = [
+        make_zeros(weight.live.shape)
+        if in_codes
+        else torch.zeros_like(weight.live, dtype=torch.float32, requires_grad=False)
+        for _ in range(2)
+    ]
     return {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
 
@@ -191,15 +248,12 @@ def _step_sgd(
     for job in jobs:
         parameter, weight, gradient = job
         buffer, way = None, NONE
-        aligned: Tensor | None
         if momentum:
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
             way = BEGINS if buffer is None else GOES_ON
             if buffer is None:
                 buffer = torch.empty_like(weight.live, dtype=torch.float32, requires_grad=False)
-        states, aligned = (() if buffer is None else (buffer,)), gradient
-        if take(weight, gradient, *states) is None:
-            aligned = _align(weight, gradient, *states)
+        aligned = _align(weight, gradient, *(() if buffer is None else (buffer,)))
         if aligned is None:
             continue
         if way == BEGINS:

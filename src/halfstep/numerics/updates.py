@@ -24,6 +24,11 @@ Where another torch, or another processor, rounds otherwise, the twin does not a
 
 Many small tensors are one call: it takes lists of addresses, and threads share out the blocks of all tensors as if they were one.
 
+States of Adam may be kept in 8 bits (`codebooks`): decoded, updated and encoded on the way, each byte of them read and written
+once. Weights, codes and scales have the bits of the truth, which dequantizes, updates and quantizes. Whether a mean is negative
+and whether all states stay finite must be known before the first is written, so gradients are looked through before that. States
+that could overflow are left to the truth.
+
 A weight is kept in one of three ways; bytes read and written for each with a bf16 gradient, by Adam:
 
     wide     fp32                                                              14 + 12
@@ -36,13 +41,15 @@ import itertools
 import os
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from halfstep.numerics import kernels
+from halfstep.numerics import codebooks, kernels
+from halfstep.numerics.codebooks import Quantized, dequantize, make_zeros, quantize
 from halfstep.numerics.kernels import COUNT, INT, POINTER, Kernels
 from halfstep.numerics.words import join, split
 
@@ -81,6 +88,9 @@ class Weight(NamedTuple):
 Tensors = tuple[Weight, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """What a kernel needs of one parameter: weight, gradient, exp_avg or momentum, exp_avg_sq, and its fp32 number of steps, if that
 is to be raised."""
+
+NarrowTensors = tuple[Weight, Tensor, Quantized, Quantized, Tensor | None]
+"""The same with states in 8 bits."""
 
 
 class AdamStep(NamedTuple):
@@ -151,6 +161,24 @@ def update_adam_slowly(weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_av
     weight.write(w)
 
 
+def update_adam_narrow_slowly(
+    weight: Weight, gradient: Tensor, exp_avg: Quantized, exp_avg_sq: Quantized, step: AdamStep
+) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    """`update_adam_slowly` of states in 8 bits: returns the next ones. One that is not finite stays in fp32.
+
+    Examples:
+        >>> weight, state = Weight(torch.ones(1)), make_zeros(torch.Size([1]))
+        >>> step = AdamStep.of(lr=0.1, betas=(0.9, 0.999), eps=0.0, decay=0.0, decoupled=True, count=1)
+        >>> exp_avg, _ = update_adam_narrow_slowly(weight, torch.tensor([4.0]), state, state, step)
+        >>> round(weight.live.item(), 4), round(dequantize(exp_avg).item(), 4)
+        (0.9, 0.4)
+    """
+    m, v = dequantize(exp_avg), dequantize(exp_avg_sq)
+    update_adam_slowly(weight, gradient, m, v, step)
+    narrowed = [quantize(state) if bool(torch.isfinite(state).all()) else state for state in (m, v)]
+    return narrowed[0], narrowed[1]
+
+
 def update_sgd_slowly(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
     """One update in place, in torch's operations; `buffer` holds the momentum, if there is any.
 
@@ -182,6 +210,15 @@ def update_adam(weight: Weight, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: T
         run_adam(functions, [(weight, gradient, exp_avg, exp_avg_sq, None)], step)
 
 
+def update_adam_narrow(
+    weight: Weight, gradient: Tensor, exp_avg: Quantized, exp_avg_sq: Quantized, step: AdamStep
+) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    """`update_adam_narrow_slowly`, by the kernel where there is one; codes and scales are overwritten there."""
+    functions = take_narrow(weight, gradient, exp_avg, exp_avg_sq)
+    found = run_adam_narrow(functions, [(weight, gradient, exp_avg, exp_avg_sq, None)], step) if functions else [None]
+    return found[0] or update_adam_narrow_slowly(weight, gradient, exp_avg, exp_avg_sq, step)
+
+
 def update_sgd(weight: Weight, gradient: Tensor, buffer: Tensor | None, step: SgdStep) -> None:
     """`update_sgd_slowly`, by the kernel where there is one; all tensors lie in memory in the same order."""
     functions = take(weight, gradient, *(() if buffer is None else (buffer,)))
@@ -206,6 +243,16 @@ def take(weight: Weight, gradient: Tensor, *states: Tensor) -> ctypes.CDLL | Non
     else:
         return None
     return KERNELS.library.functions if _lie_alike(tensors) else None
+
+
+def take_narrow(weight: Weight, gradient: Tensor, exp_avg: Quantized, exp_avg_sq: Quantized) -> ctypes.CDLL | None:
+    """The kernels, if they can work on these: as `take` says, in the order of the codes; only a mean may have a sign."""
+    parts = (exp_avg.codes, exp_avg_sq.codes, exp_avg.scales, exp_avg_sq.scales)
+    if exp_avg_sq.signed or not weight.live.is_contiguous() or not all(p.is_cpu and p.is_contiguous() for p in parts):
+        return None
+    if exp_avg.shape != weight.live.shape or exp_avg_sq.shape != weight.live.shape:
+        return None
+    return take(weight, gradient)
 
 
 def lie_alike(*tensors: Tensor) -> bool:
@@ -242,7 +289,7 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _list_addresses(group: Sequence[Tensors]) -> "array[int]":
+def _list_addresses(group: Sequence[Tensors | NarrowTensors]) -> "array[int]":
     """What the kernels are told of each parameter: live, rest, gradient, states, number of steps, and how many numbers."""
     listed: list[int] = []
     for (live, rest), gradient, state, square, steps in group:
@@ -250,8 +297,8 @@ def _list_addresses(group: Sequence[Tensors]) -> "array[int]":
             live.data_ptr(),
             0 if rest is None else rest.data_ptr(),
             gradient.data_ptr(),
-            0 if state is None else state.data_ptr(),
-            0 if square is None else square.data_ptr(),
+            0 if state is None else (state.codes if isinstance(state, Quantized) else state).data_ptr(),
+            0 if square is None else (square.codes if isinstance(square, Quantized) else square).data_ptr(),
             0 if steps is None else steps.data_ptr(),
             gradient.numel(),
         )
@@ -269,6 +316,38 @@ def run_adam(functions: ctypes.CDLL, group: Sequence[Tensors], step: AdamStep) -
     addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
     roots = None if step.nearest else find_roots()
     functions.update_adam(weight.storage, half, step.way, addresses.buffer_info()[0], len(group), pack(step, 8), roots)
+
+
+def run_adam_narrow(
+    functions: ctypes.CDLL, group: Sequence[NarrowTensors], step: AdamStep
+) -> list[tuple[Quantized, Quantized] | None]:
+    """`update_adam_narrow` of several parameters by kernels that `take_narrow` gave for each; weights kept alike, gradients of
+    one width. Returns the next states, whose codes and scales were overwritten; None where nothing was done, because a state
+    could overflow."""
+    weight, gradient, *_ = group[0]
+    addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
+    scales = array("q")
+    for _, _, exp_avg, exp_avg_sq, _ in group:  # was signed, is signed, fits
+        scales.extend((exp_avg.scales.data_ptr(), exp_avg_sq.scales.data_ptr(), int(exp_avg.signed), 0, 1))
+    functions.update_adam_narrow(
+        weight.storage, half, step.way, addresses.buffer_info()[0], len(group), pack(step, 8),
+        None if step.nearest else find_roots(), scales.buffer_info()[0], _list_books()[0].buffer_info()[0],
+    )  # fmt: skip
+    found: list[tuple[Quantized, Quantized] | None] = []
+    for (_, _, exp_avg, exp_avg_sq, _), is_signed, fits in zip(group, scales[3::5], scales[4::5], strict=True):
+        if exp_avg.signed != bool(is_signed):
+            exp_avg = replace(exp_avg, signed=bool(is_signed))
+        found.append((exp_avg, exp_avg_sq) if fits else None)
+    return found
+
+
+@cache
+def _list_books() -> "tuple[array[int], list[Tensor]]":
+    """Addresses of numbers and codes without and with signs, and the tensors that hold them."""
+    cpu = torch.device("cpu")
+    numbers = [torch.tensor(codebooks.list_codes(signed=signed), dtype=FP32, device=cpu) for signed in (False, True)]
+    codes = [codebooks.tabulate_codes(cpu, signed=signed) for signed in (False, True)]
+    return array("q", [tensor.data_ptr() for tensor in numbers + codes]), numbers + codes
 
 
 @cache
@@ -297,7 +376,9 @@ def _agrees(functions: ctypes.CDLL) -> bool:
     """Whether kernels and truth give the same bits, tried on whole vectors and some numbers more, over a few steps."""
     storages = (WIDE, SPLIT, COPY)
     return all(
-        _agrees_on_adam(functions, storage, decoupled, nearest) and _agrees_on_sgd(functions, storage, decoupled)
+        _agrees_on_adam(functions, storage, decoupled, nearest)
+        and _agrees_on_narrow_adam(functions, storage, decoupled, nearest)
+        and _agrees_on_sgd(functions, storage, decoupled)
         for storage, decoupled, nearest in itertools.product(storages, (True, False), (True, False))
     )
 
@@ -326,24 +407,51 @@ def _equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
 COUNT_TRIED = 1029  # a block, and a few numbers that fill no vector
 
 
-def _agrees_on_adam(functions: ctypes.CDLL, storage: int, decoupled: bool, nearest: bool) -> bool:
-    ours, theirs = _begin(storage), _begin(storage)
-    for t in (1, 2, 3):
-        step = AdamStep.of(
+def _list_steps(decoupled: bool, nearest: bool) -> list[AdamStep]:
+    return [
+        AdamStep.of(
             lr=0.03, betas=(0.9 if decoupled else 0.4, 0.97), eps=1e-6, decay=0.1, decoupled=decoupled, count=t,
             factor=0.3, nearest=nearest,
-        )  # fmt: skip
-        gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
+        )
+        for t in (1, 2, 3)
+    ]  # fmt: skip
+
+
+def _draw_gradient(t: int) -> Tensor:
+    return _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
+
+
+def _agrees_on_adam(functions: ctypes.CDLL, storage: int, decoupled: bool, nearest: bool) -> bool:
+    ours, theirs = _begin(storage), _begin(storage)
+    for t, step in enumerate(_list_steps(decoupled, nearest), 1):
+        gradient = _draw_gradient(t)
         update_adam_slowly(ours[0], gradient, *ours[1:], step)
         run_adam(functions, [(theirs[0], gradient, *theirs[1:], None)], step)
     return _equal((ours[0].read(), ours[0].live, *ours[1:]), (theirs[0].read(), theirs[0].live, *theirs[1:]))
+
+
+def _agrees_on_narrow_adam(functions: ctypes.CDLL, storage: int, decoupled: bool, nearest: bool) -> bool:
+    (ours, *_), (theirs, *_) = _begin(storage), _begin(storage)
+    start, states = make_zeros(ours.live.shape), (make_zeros(ours.live.shape), make_zeros(ours.live.shape))
+    truth: Any = (start, start)
+    for t, step in enumerate(_list_steps(decoupled, nearest), 1):
+        gradient = _draw_gradient(t).abs_() if t == 1 else _draw_gradient(t)  # the first means have no sign
+        truth = update_adam_narrow_slowly(ours, gradient, truth[0], truth[1], step)
+        (found,) = run_adam_narrow(functions, [(theirs, gradient, *states, None)], step)
+        if found is None:
+            return False
+        states = found
+        if [q.signed for q in truth] != [q.signed for q in states]:
+            return False
+    kept = [[x for q in pair for x in (q.codes, q.scales)] for pair in (truth, states)]
+    return _equal((ours.read(), ours.live, *kept[0]), (theirs.read(), theirs.live, *kept[1]))
 
 
 def _agrees_on_sgd(functions: ctypes.CDLL, storage: int, nesterov: bool) -> bool:
     ours, theirs = _begin(storage), _begin(storage)
     for t in (1, 2, 3):
         step = SgdStep(0.9, 1.0 if nesterov else 0.7, -0.03, 0.1, 0.3, BEGINS if t == 1 else GOES_ON, nesterov)
-        gradient = _draw(COUNT_TRIED, t * COUNT_TRIED).to(torch.bfloat16 if t == 2 else torch.float32)
+        gradient = _draw_gradient(t)
         update_sgd_slowly(ours[0], gradient, ours[1], step)
         run_sgd(functions, [(theirs[0], gradient, theirs[1], None, None)], step)
     return _equal((ours[0].read(), ours[0].live, ours[1]), (theirs[0].read(), theirs[0].live, theirs[1]))
@@ -359,6 +467,7 @@ KERNELS = Kernels(
     "updates.c",
     {
         "update_adam": [INT, INT, INT, POINTER, COUNT, POINTER, POINTER],
+        "update_adam_narrow": [INT, INT, INT, POINTER, COUNT, POINTER, POINTER, POINTER, POINTER],
         "update_sgd": [INT, INT, INT, INT, POINTER, COUNT, POINTER],
     },
     _agrees,

@@ -69,14 +69,13 @@ class Optimizers:
     ) -> tuple[Stall, ...]:
         """One of them steps on gradients of its own parameters."""
         states = self._states.get(optimizer)
-        return self.masters.step(optimizer, gradients, factor, watch=watch, around=states.widened if states else None)
+        return self.masters.step(optimizer, gradients, factor, watch=watch, widened=states.widened if states else None)
 
     def describe_updates(self) -> tuple[str, ...]:
         """What computes each optimizer's updates."""
-        return tuple(f"{type(o).__name__}: {self._describe_update(o)}" for o in self.all)
-
-    def _describe_update(self, optimizer: Optimizer) -> str:
-        return "torch: states in 8 bits" if optimizer in self._states else self.masters.describe_updates(optimizer)
+        return tuple(
+            f"{type(o).__name__}: {self.masters.describe_updates(o, narrow=o in self._states)}" for o in self.all
+        )
 
     @contextmanager
     def widened(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ class Options:
     release: bool = False
     profile: HardwareProfile | None = None
     recovery: Policy | None = None  # None: what the plan says
+    states: str | None = None  # of the optimizers; None: what the plan says
     saved: Rule | None = None  # for activations of which no rule of the plan says anything
     ranks: Ranks | None = None  # None: all that there are
 
@@ -51,7 +52,12 @@ class Options:
                 "give one of them: a format for all, or a budget that chooses formats"
             )
         last = () if self.saved is None or self.saved in plan.rules else (self.saved,)
-        return replace(plan, recovery=self.recovery or plan.recovery, rules=(*plan.rules, *last))
+        return replace(
+            plan,
+            recovery=self.recovery or plan.recovery,
+            states=self.states or plan.states,
+            rules=(*plan.rules, *last),
+        )
 
     def find_ranks(self) -> Ranks:
         """The processes that take their steps together, as things stand now."""
@@ -70,6 +76,16 @@ def read_saved(format: str) -> Rule:
     if rule.saved not in allowed:
         raise PlanError(describe_unknown("saved format", format, allowed))
     return rule
+
+
+def read_states(states: str) -> str:
+    """How optimizer states are kept, as a plan says it. Raises PlanError where there is no such way.
+
+    Examples:
+        >>> read_states("8-bit")
+        '8-bit'
+    """
+    return Plan(states=states).states
 
 
 def require_trainable(model: nn.Module, optimizers: tuple[Optimizer, ...], given: object) -> None:
