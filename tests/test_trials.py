@@ -39,6 +39,20 @@ def test_everything_is_as_before_after_an_exception() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_gradients_of_a_trial_never_exist_together() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    found: list[int] = []
+
+    def count(*_: object) -> None:
+        found.append(sum(p.grad is not None for p in model.parameters()))
+
+    for layer in model:
+        layer.register_full_backward_hook(count)
+    run_once(model, (torch.randn(2, 8, requires_grad=True),), {})
+    assert found == [0, 0, 0, 0]
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     "inputs", [(torch.ones(1, 2),), (torch.ones(4, 2), torch.ones(3)), (torch.ones(()),), ()], ids=str
 )

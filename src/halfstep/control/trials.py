@@ -11,7 +11,7 @@ buffers are put back, gradients dropped, weights untouched.
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,11 +60,18 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
 
 
 def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Forward and backward; every floating-point output gets the same gradient everywhere."""
+    """Forward and backward; every floating-point output gets the same gradient everywhere. The gradients of the weights are
+    dropped as they come: a trial should not need more memory than the training after it."""
     outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    torch.autograd.backward(outputs, [torch.full_like(t, 1.0 / max(1, t.numel())) for t in outputs])
-    for parameter in model.parameters():
-        parameter.grad = None
+    with ExitStack() as hooks:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                hooks.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
+        torch.autograd.backward(outputs, [torch.full_like(t, 1.0 / max(1, t.numel())) for t in outputs])
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def halve_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
