@@ -43,6 +43,7 @@ SPINE = [
     "numerics.rows",
     "numerics.losses",
     "numerics.native_steps",
+    "numerics.repeated_steps",
     "numerics.native_rows",
     "numerics.scaled_attention",
     "numerics.traced",

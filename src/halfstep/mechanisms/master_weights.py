@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ from halfstep.numerics.openings import (
     open_whole,
     open_wide,
 )
+from halfstep.numerics.repeated_steps import RepeatedStep
 from halfstep.numerics.truths import WAYS, Truth, show
 from halfstep.numerics.updates import Weight
 from halfstep.records import Stall
@@ -121,6 +123,7 @@ class MasterWeights:
         self.steps = 0  # calls of `step`; each has noise of its own
         self._truths: dict[nn.Parameter, Truth] = {}
         self._by_rows: set[nn.Parameter] = set()  # parameters with sparse gradients, as far as is known
+        self._repeated: WeakKeyDictionary[Optimizer, RepeatedStep] = WeakKeyDictionary()  # with the truths of now
         self._narrowed = 0  # parameters that were ever narrowed: the number of the next
 
     def __contains__(self, parameter: object) -> bool:
@@ -169,6 +172,7 @@ class MasterWeights:
         if kind == "none":
             parameter.data = parameter.data.to(dtype)
             return
+        self._repeated.clear()
         truth = Truth.of(parameter.data, kind, number, dtype)
         self._truths[parameter] = truth
         show(parameter, truth)
@@ -204,6 +208,7 @@ class MasterWeights:
     def widen(self, parameter: nn.Parameter) -> None:
         """Give a parameter back its fp32 truth for good."""
         truth = self._find_truth(parameter)
+        self._repeated.clear()
         self._truths.pop(parameter, None)
         parameter.grad = None
         parameter.data = truth.read() if truth else parameter.data.to(torch.float32)
@@ -337,6 +342,10 @@ class MasterWeights:
         in 8 bits."""
         if not self.fused or not gradients or find_reason(optimizer):
             return False
+        if watcher is None and self._step_again(optimizer, gradients, factor):
+            gradients.clear()
+            return True
+        given = dict(gradients)
         steps: tuple[Step, Step] = (partial(step_natively, narrow=narrow), step_rows)
         for group in optimizer.param_groups:
             for step, jobs in zip(steps, self._find_jobs(optimizer, group, gradients, narrow=narrow), strict=True):
@@ -348,7 +357,20 @@ class MasterWeights:
                     gradients.clear()
                 for parameter in done if gradients else ():
                     del gradients[parameter]
+        if not gradients and watcher is None:
+            self._expect_again(optimizer, given)
         return not gradients
+
+    def _step_again(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> bool:
+        """Make a step that is like the one before without looking at every tensor; whether it is."""
+        repeated = self._repeated.get(optimizer)
+        return repeated is not None and repeated.take(optimizer, gradients, factor)
+
+    def _expect_again(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """After a step that kernels have made. One parameter alone is a gradient that is released: the next is another's."""
+        repeated = RepeatedStep.of(optimizer, gradients, self._truths) if len(gradients) > 1 else None
+        if repeated:
+            self._repeated[optimizer] = repeated
 
     def _find_jobs(
         self, optimizer: Optimizer, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor], *, narrow: bool

@@ -146,9 +146,9 @@ def step_natively(
     return [parameter for parameter, *_ in done]
 
 
-def note_steps(optimizer: Optimizer, jobs: Sequence[Job]) -> None:
+def note_steps(optimizer: Optimizer, jobs: Sequence[Job | tuple[nn.Parameter, Weight]]) -> None:
     """What others see of a step of torch's own: that weights changed in place, and what a scheduler's counter notes."""
-    torch.autograd.graph.increment_version([parameter for parameter, weight, _ in jobs if weight.rest is None])
+    torch.autograd.graph.increment_version([job[0] for job in jobs if job[1].rest is None])
     if "step" in vars(optimizer):
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -197,13 +197,8 @@ def _step_adam(
         raised = count if count.dtype is torch.float32 else None  # the kernel counts in fp32
         tensors = (weight, aligned, exp_avg, exp_avg_sq, raised)
         batches[in_codes, sort_job(weight, aligned, count.item() + 1)].append((job, tensors))
-    lr = group["lr"]
     for (in_codes, (_, _, number)), batch in batches.items():
-        numbers = AdamStep.of(
-            lr=lr.squeeze() if isinstance(lr, Tensor) else lr, betas=group["betas"], eps=group["eps"],
-            decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], count=number, factor=factor,
-            nearest=fused,
-        )  # fmt: skip
+        numbers = find_adam_numbers(group, number, factor)
         if in_codes:
             batch = _run_narrow(functions, optimizer, batch, numbers)
         else:
@@ -213,6 +208,16 @@ def _step_adam(
                 states[job[0]]["step"].add_(1)
             done.append(job)
     return done
+
+
+def find_adam_numbers(group: dict[str, Any], count: float, factor: float) -> AdamStep:
+    """What a step of a group of Adam or AdamW multiplies with; count: steps with this one."""
+    lr = group["lr"]
+    return AdamStep.of(
+        lr=lr.squeeze() if isinstance(lr, Tensor) else lr, betas=group["betas"], eps=group["eps"],
+        decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], count=count, factor=factor,
+        nearest=bool(group["fused"]),
+    )  # fmt: skip
 
 
 def _run_narrow(

@@ -271,3 +271,9 @@ void update_sgd(int storage, int half, int momentum, int nesterov, const Tensors
     else if (momentum == BEGINS) { EACH(SGD_BEGINS) }
     else { EACH(SGD_GOES_ON) }
 }
+
+/* Whether all parameters of a group, which all have a number of steps, have made as many. */
+void compare_steps(const Tensors *group, int64_t count, int *alike) {
+    *alike = 1;
+    for (int64_t i = 1; i < count; i++) *alike &= *group[i].steps == *group[0].steps;
+}

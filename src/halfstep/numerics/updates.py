@@ -289,7 +289,10 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _list_addresses(group: Sequence[Tensors | NarrowTensors]) -> "array[int]":
+ROW = 7  # addresses of one parameter
+
+
+def list_addresses(group: Sequence[Tensors | NarrowTensors]) -> "array[int]":
     """What the kernels are told of each parameter: live, rest, gradient, states, number of steps, and how many numbers."""
     listed: list[int] = []
     for (live, rest), gradient, state, square, steps in group:
@@ -313,9 +316,22 @@ def pack(step: Sequence[float], count: int) -> "ctypes.Array[ctypes.c_float]":
 def run_adam(functions: ctypes.CDLL, group: Sequence[Tensors], step: AdamStep) -> None:
     """`update_adam` of several parameters by kernels that `take` gave for each; weights kept alike, gradients of one width."""
     weight, gradient, *_ = group[0]
-    addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
+    run_adam_at(functions, list_addresses(group), weight.storage, gradient.dtype is torch.bfloat16, step)
+
+
+def run_adam_at(functions: ctypes.CDLL, addresses: "array[int]", storage: int, half: bool, step: AdamStep) -> None:
+    """`run_adam` by addresses of `list_addresses`; half: whether gradients are bf16."""
+    place, count = addresses.buffer_info()
     roots = None if step.nearest else find_roots()
-    functions.update_adam(weight.storage, half, step.way, addresses.buffer_info()[0], len(group), pack(step, 8), roots)
+    functions.update_adam(storage, int(half), step.way, place, count // ROW, pack(step, 8), roots)
+
+
+def have_stepped_alike(functions: ctypes.CDLL, addresses: "array[int]") -> bool:
+    """Whether all parameters have the same number of steps, by addresses of `list_addresses`."""
+    place, count = addresses.buffer_info()
+    alike = ctypes.c_int()
+    functions.compare_steps(place, count // ROW, ctypes.addressof(alike))
+    return bool(alike.value)
 
 
 def run_adam_narrow(
@@ -325,7 +341,7 @@ def run_adam_narrow(
     one width. Returns the next states, whose codes and scales were overwritten; None where nothing was done, because a state
     could overflow."""
     weight, gradient, *_ = group[0]
-    addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
+    addresses, half = list_addresses(group), int(gradient.dtype is torch.bfloat16)
     scales = array("q")
     for _, _, exp_avg, exp_avg_sq, _ in group:  # was signed, is signed, fits
         scales.extend((exp_avg.scales.data_ptr(), exp_avg_sq.scales.data_ptr(), int(exp_avg.signed), 0, 1))
@@ -365,7 +381,7 @@ def find_roots() -> int | None:
 def run_sgd(functions: ctypes.CDLL, group: Sequence[Tensors], step: SgdStep) -> None:
     """`update_sgd` of several parameters by kernels that `take` gave for each; kept alike, gradients and momenta alike."""
     weight, gradient, buffer, *_ = group[0]
-    addresses, half = _list_addresses(group), int(gradient.dtype is torch.bfloat16)
+    addresses, half = list_addresses(group), int(gradient.dtype is torch.bfloat16)
     way = NONE if buffer is None else step.way
     functions.update_sgd(
         weight.storage, half, way, int(step.nesterov), addresses.buffer_info()[0], len(group), pack(step, 5)
@@ -469,6 +485,7 @@ KERNELS = Kernels(
         "update_adam": [INT, INT, INT, POINTER, COUNT, POINTER, POINTER],
         "update_adam_narrow": [INT, INT, INT, POINTER, COUNT, POINTER, POINTER, POINTER, POINTER],
         "update_sgd": [INT, INT, INT, INT, POINTER, COUNT, POINTER],
+        "compare_steps": [POINTER, COUNT, POINTER],
     },
     _agrees,
 )
