@@ -12,6 +12,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from halfstep.mechanisms import master_weights
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.numerics import repeated_steps
 from halfstep.numerics.repeated_steps import RepeatedStep
 from halfstep.numerics.updates import KERNELS
 from helpers import bits, narrow_all, seeded
@@ -131,7 +132,7 @@ def register_hook(run: Run) -> None:
 
 
 CHANGES: dict[
-    str, tuple[Callable[[Run], None], bool | None]
+    str, tuple[Callable[[Run], object], bool | None]
 ] = {  # and whether the step after it can go by the one before
     "nothing": (lambda run: None, True),
     "lr": (lambda run: run.group.update(lr=0.3), True),
@@ -261,3 +262,11 @@ def test_parameters_that_come_one_by_one_keep_nothing(monkeypatch: pytest.Monkey
     for _ in range(2):
         for parameter in run.params:
             run.masters.step(run.optimizer, {parameter: torch.ones_like(parameter)})
+
+
+def test_without_torchs_guards_every_step_looks_at_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeated_steps, "TensorGuards", None)
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, masters = AdamW([weight]), MasterWeights()
+    masters.step(optimizer, {weight: torch.ones(4)})
+    assert RepeatedStep.of(optimizer, {weight: torch.ones(4)}, {}) is None

@@ -22,12 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.guards import TensorGuards
 from torch.optim import Adam, AdamW, Optimizer
 
 from halfstep.numerics.native_steps import Alike, find_adam_numbers, find_group_reason, note_steps, sort_job
 from halfstep.numerics.truths import Truth
 from halfstep.numerics.updates import KERNELS, ROW, Weight, have_stepped_alike, list_addresses, run_adam_at, take
+
+try:  # not a public part of torch: where it is missing, every step looks at every tensor
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment, misc]
 
 NAMES = ("exp_avg", "exp_avg_sq", "step")  # of states, in the order of ROW
 LIVE, GRADIENT, STATES = 0, 2, (3, 4, 5)  # columns of ROW
@@ -55,7 +59,7 @@ class RepeatedStep:
         optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], truths: Mapping[nn.Parameter, Truth]
     ) -> "RepeatedStep | None":
         """After a step in which kernels updated all of `gradients`; None where the next one needs more than addresses."""
-        if type(optimizer) not in (AdamW, Adam):
+        if TensorGuards is None or type(optimizer) not in (AdamW, Adam):
             return None
         places = {parameter: place for place, parameter in enumerate(gradients)}
         held = {parameter: place for place, parameter in enumerate(optimizer.state)}
@@ -134,7 +138,8 @@ class Batch:
         if not self._guards.check(*self._params, *gradients, *chain(*states)):
             return False
         addresses = self._addresses
-        for column, tensors in zip((LIVE, GRADIENT, *STATES), (self._params, gradients, *states), strict=True):
+        columns: list[Sequence[Tensor]] = [self._params, gradients, *states]
+        for column, tensors in zip((LIVE, GRADIENT, *STATES), columns, strict=True):
             addresses[column::ROW] = array("q", map(Tensor.data_ptr, tensors))
         if self._truths and addresses[LIVE::ROW] != self._lives:
             return False
@@ -160,8 +165,8 @@ def _look(
 ) -> Alike | None:
     """What has to be alike in one call; None where a kernel cannot take these tensors as they are."""
     weight = Weight(truth.live, truth.kept) if truth else Weight(parameter)
-    found = [state.get(name) for name in NAMES] if state else []
-    if not found or not all(isinstance(tensor, Tensor) for tensor in found):
+    found = [tensor for name in NAMES if state and isinstance(tensor := state.get(name), Tensor)]
+    if len(found) < len(NAMES):
         return None
     exp_avg, exp_avg_sq, step = found
     if not step.is_cpu or step.dtype is not torch.float32 or take(weight, gradient, exp_avg, exp_avg_sq) is None:
