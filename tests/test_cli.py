@@ -368,6 +368,10 @@ BAD_INPUT: dict[str, tuple[Callable[[House], None], str, str]] = {
     "events below a file": (make_file, "train tiny.toml --out run --tensorboard file/events", "file/events"),
     "unknown recipe key": (misspell_key, "train tiny.toml --out run", "did you mean 'batch_size'"),
     "unknown precision": (leave, "train tiny.toml --out run --precision bf61-mixed", "did you mean 'bf16-mixed'"),
+    "negative interval of saving": (leave, "train tiny.toml --out run --save-every -1", "--save-every takes"),
+    "recipe that is missing": (leave, "train nowhere.toml", "there is no file 'nowhere.toml'; give the path"),
+    "data for digits": (leave, "train image-classification --data nowhere", "the digits come with scikit-learn"),
+    "images that are missing": (make_folder, "plan resnet-cifar10 --data empty", "there is no 'empty/train.parquet'"),
     "unknown recovery": (leave, "train tiny.toml --out run --recovery rollback", "did you mean 'roll-back'"),
     "unknown format": (leave, "train tiny.toml --out run --precision compute=bf61", "did you mean 'bf16'"),
     "unknown layer path": (write_plan, "plan tiny.toml --precision plan.toml", "did you mean 'blocks.0.qkv'"),
@@ -408,7 +412,7 @@ class TestBadInput:
         done = house.run("--debug", "train", "nowhere.toml")
         assert done.returncode != 0
         assert "Traceback" in done.stderr
-        assert "RecipeError: there is no recipe 'nowhere.toml'" in done.stderr
+        assert "RecipeError: there is no file 'nowhere.toml'" in done.stderr
 
     def test_a_truncated_checkpoint_is_one_line(self, trained: House) -> None:
         checkpoint = trained.root / "broken" / "checkpoint.safetensors"

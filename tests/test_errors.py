@@ -53,7 +53,9 @@ def test_errors_carry_their_message(kind: type[HalfstepError]) -> None:
 
 def test_missing_extra_says_what_to_install() -> None:
     error = MissingExtraError("pyarrow", "images", "reading parquet")
-    assert str(error) == ("reading parquet needs pyarrow, which is not installed; run: pip install 'halfstep[images]'")
+    assert str(error) == (
+        "reading parquet needs pyarrow, which is not installed; run in halfstep's checkout: pip install '.[images]'"
+    )
 
 
 def test_missing_extra_survives_pickling() -> None:

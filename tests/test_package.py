@@ -368,7 +368,7 @@ def test_every_declared_dependency_is_imported() -> None:
 def test_extras_that_messages_name_exist() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
     named = set(re.findall(r'MissingExtraError\("[^"]+", "([^"]+)"', text)) | set(
-        re.findall(r"halfstep\[(\w+)\]", text)
+        re.findall(r"pip install '\.\[(\w+)\]'", text)
     )
     optional = project()["optional-dependencies"]
     assert isinstance(optional, dict)

@@ -81,7 +81,7 @@ class TestFiles:
             load_recipe(str(tmp_path / "mine.toml"))
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match=r"no recipe '.*gone\.toml'"):
+        with pytest.raises(RecipeError, match=r"no file '.*gone\.toml'"):
             load_recipe(str(tmp_path / "gone.toml"))
 
 

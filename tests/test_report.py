@@ -440,7 +440,7 @@ class TestTensorBoard:
 
     def test_without_tensorboard_the_extra_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(MissingExtraError, match=r"halfstep\[tensorboard\]"):
+        with pytest.raises(MissingExtraError, match=r"\.\[tensorboard\]"):
             TensorBoard(tmp_path)
 
 

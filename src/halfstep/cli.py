@@ -247,6 +247,8 @@ def train(
 
     if out is not None and resume is not None:
         raise RecipeError("give --out for a new run or --resume for an old one, not both")
+    if save_every < 0:
+        raise RecipeError(f"--save-every takes a number of steps, or 0 to save only at the end; got {save_every}")
     require_device(device)
     given = [
         *(overrides or []),

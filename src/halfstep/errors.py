@@ -71,7 +71,9 @@ class MissingExtraError(HalfstepError, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed; run: pip install 'halfstep[{extra}]'")
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed; run in halfstep's checkout: pip install '.[{extra}]'"
+        )
         self._arguments = (package, extra, purpose)
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:

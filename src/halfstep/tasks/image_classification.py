@@ -59,8 +59,13 @@ class Images:
     held_out_labels: Tensor
 
 
-def read_digits(_: str) -> Images:
-    """scikit-learn's digits: 1,797 images of 8x8, every fifth held out."""
+def read_digits(data: str) -> Images:
+    """scikit-learn's digits: 1,797 images of 8x8, every fifth held out. They come with scikit-learn, so data must be ""."""
+    if data:
+        raise DataError(
+            f"the digits come with scikit-learn and are not read from '{data}'; leave data out, or set "
+            "dataset=fashion-mnist or dataset=cifar10"
+        )
     if importlib.util.find_spec("sklearn") is None:
         raise MissingExtraError("scikit-learn", "images", "the digits data set")
     from sklearn.datasets import load_digits
@@ -124,7 +129,7 @@ def _find_cifar_tables(data: str) -> tuple[list[dict[str, object]], list[dict[st
         if importlib.util.find_spec("datasets") is None:
             raise DataError(
                 "CIFAR-10 is read from a folder with train.parquet and test.parquet (give it as data), or from the hub, "
-                "which needs: pip install 'halfstep[hub]'"
+                "which needs in halfstep's checkout: pip install '.[hub]'"
             )
         from datasets import Image, load_dataset
 
@@ -138,6 +143,8 @@ def _find_cifar_tables(data: str) -> tuple[list[dict[str, object]], list[dict[st
     tables = []
     for split in ("train", "test"):
         path = Path(data) / f"{split}.parquet"
+        if not path.exists():
+            raise DataError(f"there is no '{path}'; give a folder with train.parquet and test.parquet as data")
         try:
             tables.append(pyarrow.parquet.read_table(path).to_pylist())
         except (OSError, pyarrow.ArrowInvalid) as error:

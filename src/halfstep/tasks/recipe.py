@@ -67,12 +67,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.exists():
-        hint = (
-            "give the path of a .toml file"
-            if name.endswith(".toml")
-            else describe_unknown("recipe", name, list_recipes())
-        )
-        raise RecipeError(f"there is no recipe '{name}': {hint}")
+        if name.endswith(".toml"):
+            raise RecipeError(
+                f"there is no file '{name}'; give the path of a recipe, or the name of one: {', '.join(list_recipes())}"
+            )
+        raise RecipeError(f"{describe_unknown('recipe', name, list_recipes())}; or give the path of a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
