@@ -270,3 +270,17 @@ def test_without_torchs_guards_every_step_looks_at_every_tensor(monkeypatch: pyt
     optimizer, masters = AdamW([weight]), MasterWeights()
     masters.step(optimizer, {weight: torch.ones(4)})
     assert RepeatedStep.of(optimizer, {weight: torch.ones(4)}, {}) is None
+
+
+def test_states_of_equal_parameters_stay_with_theirs_in_another_order() -> None:
+    def train(reorder: bool) -> list[Tensor]:
+        params = [nn.Parameter(torch.full((64,), value)) for value in (1.0, 2.0)]
+        masters, optimizer = MasterWeights(), AdamW(params, lr=0.1)
+        for number in range(4):
+            if reorder and number == 2:
+                optimizer.state[params[0]] = optimizer.state.pop(params[0])  # now behind that of the other
+            gradients = [torch.full((64,), value * (number + 1)) for value in (1.0, -3.0)]
+            masters.step(optimizer, dict(zip(params, gradients, strict=True)))
+        return [p.detach() for p in params]
+
+    assert all(map(torch.equal, train(reorder=True), train(reorder=False)))
