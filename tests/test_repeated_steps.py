@@ -1,6 +1,7 @@
 """A step that goes by what the one before has looked at: the same bits whatever a user changes in between."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from halfstep.mechanisms import master_weights
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.optimizer_states import NarrowStates
 from halfstep.numerics import repeated_steps
-from halfstep.numerics.repeated_steps import RepeatedStep
+from halfstep.numerics.repeated_steps import RepeatedStep, RepeatedSteps
 from halfstep.numerics.updates import KERNELS
 from helpers import bits, narrow_all, seeded
 
@@ -178,12 +180,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each step went by the one before."""
     steps: list[bool] = []
 
-    def note(self: MasterWeights, *args: Any) -> bool:
+    def note(self: RepeatedSteps, *args: Any) -> bool:
         steps.append(inner(self, *args))
         return steps[-1]
 
-    inner = MasterWeights._step_again
-    monkeypatch.setattr(MasterWeights, "_step_again", note)
+    inner = RepeatedSteps.take
+    monkeypatch.setattr(RepeatedSteps, "take", note)
     return steps
 
 
@@ -258,7 +260,7 @@ def test_versions_move_schedulers_are_told_and_no_gradient_is_held(taken: list[b
 
 def test_parameters_that_come_one_by_one_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = begin("split")
-    monkeypatch.setattr(master_weights.RepeatedStep, "of", lambda *_: pytest.fail("kept"))
+    monkeypatch.setattr(RepeatedStep, "of", lambda *_: pytest.fail("kept"))
     for _ in range(2):
         for parameter in run.params:
             run.masters.step(run.optimizer, {parameter: torch.ones_like(parameter)})
@@ -284,3 +286,76 @@ def test_states_of_equal_parameters_stay_with_theirs_in_another_order() -> None:
         return [p.detach() for p in params]
 
     assert all(map(torch.equal, train(reorder=True), train(reorder=False)))
+
+
+@pytest.mark.parametrize("kind", ["none", "split"])
+def test_where_no_step_is_like_the_one_before_little_is_noted(
+    monkeypatch: pytest.MonkeyPatch, taken: list[bool], kind: str
+) -> None:
+    noted: list[int] = []
+    inner = RepeatedStep.of
+
+    def note(*args: Any) -> RepeatedStep | None:
+        noted.append(len(taken))
+        return inner(*args)
+
+    monkeypatch.setattr(RepeatedStep, "of", note)
+    run = begin(kind)
+    for number in range(64):  # as with gradients that come and go
+        given = {p: torch.ones_like(p) for p in run.params}
+        del given[run.params[number % 2]]
+        run.masters.step(run.optimizer, given)
+    assert len(noted) < 8
+    for _ in range(70):
+        run.masters.step(run.optimizer, {p: torch.ones_like(p) for p in run.params})
+    assert taken[-2:] == [True, True]
+
+
+def test_after_steps_that_were_alike_one_that_is_not_is_noted_at_once(taken: list[bool]) -> None:
+    run = begin("split")
+    for missing in (None, None, None, 0, 0, 0, None, None, None):
+        given = {p: torch.ones_like(p) for p in run.params}
+        if missing is not None:
+            del given[run.params[missing]]
+        run.masters.step(run.optimizer, given)
+    assert taken == [False, True, True] * 3
+
+
+def test_nothing_is_noted_of_weights_that_are_kept_in_another_way() -> None:
+    run = begin("split")
+    for change in (run.masters.widen, lambda p: run.masters.narrow(p, torch.bfloat16, "fp32")):
+        run.masters.step(run.optimizer, {p: torch.ones_like(p) for p in run.params})
+        assert len(run.masters._repeated) == 1
+        change(run.params[0])
+        assert len(run.masters._repeated) == 0
+
+
+@pytest.mark.parametrize("copy_it", [copy.deepcopy, lambda masters: pickle.loads(pickle.dumps(masters))])
+def test_masters_can_be_copied_between_steps(copy_it: Callable[[MasterWeights], MasterWeights]) -> None:
+    run = begin("split")
+    run.masters.step(run.optimizer, {p: torch.ones_like(p) for p in run.params})
+    copied = copy_it(run.masters)
+    assert len(copied) == len(run.params) and len(copied._repeated) == 0
+
+
+def test_a_look_at_stalls_lists_the_parameters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Optimizer] = []
+    inner = master_weights._find_places
+
+    def find(optimizer: Optimizer) -> Any:
+        listed.append(optimizer)
+        return inner(optimizer)
+
+    monkeypatch.setattr(master_weights, "_find_places", find)
+    run = begin("split")
+    run.masters.step(run.optimizer, {p: torch.ones_like(p) for p in run.params}, watch=True)
+    assert listed == [run.optimizer]
+
+
+def test_of_states_in_8_bits_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RepeatedStep, "of", lambda *_: pytest.fail("noted"))
+    params = [nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    optimizer, masters = AdamW(params), MasterWeights()
+    widened = NarrowStates(optimizer).widened
+    for _ in range(2):
+        masters.step(optimizer, {p: torch.ones_like(p) for p in params}, widened=widened)

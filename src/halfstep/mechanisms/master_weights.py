@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ from halfstep.numerics.openings import (
     open_whole,
     open_wide,
 )
-from halfstep.numerics.repeated_steps import RepeatedStep
+from halfstep.numerics.repeated_steps import RepeatedSteps
 from halfstep.numerics.truths import WAYS, Truth, show
 from halfstep.numerics.updates import Weight
 from halfstep.records import Stall
@@ -123,7 +122,7 @@ class MasterWeights:
         self.steps = 0  # calls of `step`; each has noise of its own
         self._truths: dict[nn.Parameter, Truth] = {}
         self._by_rows: set[nn.Parameter] = set()  # parameters with sparse gradients, as far as is known
-        self._repeated: WeakKeyDictionary[Optimizer, RepeatedStep] = WeakKeyDictionary()  # with the truths of now
+        self._repeated = RepeatedSteps()  # with the truths of now
         self._narrowed = 0  # parameters that were ever narrowed: the number of the next
 
     def __contains__(self, parameter: object) -> bool:
@@ -342,35 +341,29 @@ class MasterWeights:
         in 8 bits."""
         if not self.fused or not gradients or find_reason(optimizer):
             return False
-        if watcher is None and self._step_again(optimizer, gradients, factor):
+        repeats = watcher is None and not narrow
+        if repeats and self._repeated.take(optimizer, gradients, factor):
             gradients.clear()
             return True
-        given = dict(gradients)
+        given = dict(gradients) if repeats else {}
+        places = _find_places(optimizer) if watcher else {}
         steps: tuple[Step, Step] = (partial(step_natively, narrow=narrow), step_rows)
         for group in optimizer.param_groups:
             for step, jobs in zip(steps, self._find_jobs(optimizer, group, gradients, narrow=narrow), strict=True):
                 if watcher:  # one by one: it sees a wide copy of each
-                    done = [p for job in jobs for p in self._step_watched(step, optimizer, group, job, factor, watcher)]
+                    watched = partial(
+                        self._step_watched, step, optimizer, places, group, factor=factor, watcher=watcher
+                    )
+                    done = [p for job in jobs for p in watched(job)]
                 else:
                     done = step(optimizer, group, jobs, factor) if jobs else []
                 if len(done) == len(gradients):
                     gradients.clear()
                 for parameter in done if gradients else ():
                     del gradients[parameter]
-        if not gradients and watcher is None:
-            self._expect_again(optimizer, given)
+        if repeats and not gradients:
+            self._repeated.note(optimizer, given, self._truths)
         return not gradients
-
-    def _step_again(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> bool:
-        """Make a step that is like the one before without looking at every tensor; whether it is."""
-        repeated = self._repeated.get(optimizer)
-        return repeated is not None and repeated.take(optimizer, gradients, factor)
-
-    def _expect_again(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> None:
-        """After a step that kernels have made. One parameter alone is a gradient that is released: the next is another's."""
-        repeated = RepeatedStep.of(optimizer, gradients, self._truths) if len(gradients) > 1 else None
-        if repeated:
-            self._repeated[optimizer] = repeated
 
     def _find_jobs(
         self, optimizer: Optimizer, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor], *, narrow: bool
@@ -398,6 +391,7 @@ class MasterWeights:
         self,
         step: Step,
         optimizer: Optimizer,
+        places: Places,
         group: dict[str, Any],
         job: Job,
         factor: float,
@@ -405,7 +399,7 @@ class MasterWeights:
     ) -> list[nn.Parameter]:
         """The parameter, if it could be updated."""
         parameter, weight, gradient = job
-        places, truth = _find_places(optimizer), self._truths.get(parameter)
+        truth = self._truths.get(parameter)
         seen = look_before(watcher, optimizer, places, parameter, truth, gradient, factor)
         done = step(optimizer, group, [job], factor)
         if done:

@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,55 @@ NAMES = ("exp_avg", "exp_avg_sq", "step")  # of states, in the order of ROW
 LIVE, GRADIENT, STATES = 0, 2, (3, 4, 5)  # columns of ROW
 
 read_states, read_version, read_noted = itemgetter(*NAMES), attrgetter("_version"), attrgetter("version")
+
+
+class RepeatedSteps:
+    """The step that was last noted of each optimizer; a copy has none.
+
+    Noting how everything looks costs more than a step. Where steps go on being unlike what was noted, as with gradients that
+    come and go, it is done after the first, second, fourth, eighth ... of them, until two in a row are alike.
+
+    Examples:
+        >>> optimizer = AdamW([nn.Parameter(torch.ones(2))])
+        >>> RepeatedSteps().take(optimizer, {}, 1.0)
+        False
+    """
+
+    def __init__(self) -> None:
+        self._noted: WeakKeyDictionary[Optimizer, RepeatedStep] = WeakKeyDictionary()
+        self._alike: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # steps in a row
+        self._unlike: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # steps since two were alike
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    def __reduce__(self) -> tuple[type["RepeatedSteps"], tuple[()]]:
+        return type(self), ()
+
+    def clear(self) -> None:
+        """Forget what was noted: weights are kept in another way."""
+        self._noted.clear()
+
+    def take(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> bool:
+        """Make the step, if it is like the one that was noted; where it is not, nothing was done."""
+        noted = self._noted.get(optimizer)
+        if noted is None or not noted.take(optimizer, gradients, factor):
+            self._alike[optimizer], self._unlike[optimizer] = 0, self._unlike.get(optimizer, 0) + 1
+            return False
+        self._alike[optimizer] += 1
+        if self._alike[optimizer] > 1:
+            self._unlike[optimizer] = 0
+        return True
+
+    def note(
+        self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], truths: Mapping[nn.Parameter, Truth]
+    ) -> None:
+        """After a step that `take` has left to kernels. A parameter that came alone was released: the next is another."""
+        unlike = self._unlike[optimizer]
+        if len(gradients) > 1 and not unlike & (unlike - 1):
+            noted = RepeatedStep.of(optimizer, gradients, truths)
+            if noted:
+                self._noted[optimizer] = noted
 
 
 class RepeatedStep:
