@@ -153,8 +153,9 @@ class Window:
 
     def take_gradients(self) -> dict[nn.Parameter, Tensor]:
         """The sums over the window, of every parameter that received a gradient."""
-        found = {p: self._sums.get(p, p.grad) for p in self.held}
-        return {p: gradient for p, gradient in found.items() if gradient is not None}
+        sums = self._sums
+        found = [(p, sums.get(p, p.grad) if sums else p.grad) for p in self.held]
+        return {p: gradient for p, gradient in found if gradient is not None}
 
     def inspect(
         self, gradients: dict[nn.Parameter, Tensor], lift: float, autocast: Callable[[], AbstractContextManager[Any]]

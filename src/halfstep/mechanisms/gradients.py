@@ -28,11 +28,13 @@ def measure_norm(
     given = list(gradients)
     sparse = [gradient for gradient in given if gradient.is_sparse]
     by_rows = measure_norms(sparse) if sparse else None  # without adding up rows that occur twice in memory
-    dense = [take_values(gradient) for gradient in given if by_rows is None or not gradient.is_sparse]
     by_kernel: list[Tensor] = []
     others: list[Tensor] = []
-    for tensor in dense:
-        (by_kernel if not like_torch and can_measure(tensor) else others).append(tensor)
+    for gradient in given:
+        if not like_torch and can_measure(gradient):
+            by_kernel.append(gradient)
+        elif by_rows is None or not gradient.is_sparse:
+            others.append(take_values(gradient))
     square = sum_squares(by_kernel) if by_kernel else 0.0
     square += 0.0 if by_rows is None else float(by_rows.square().sum())
     norm, values = _measure_by_torch(others, losses)

@@ -29,7 +29,7 @@ def can_measure(tensor: Tensor) -> bool:
         >>> can_measure(torch.ones(2, dtype=torch.float64))
         False
     """
-    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype in DTYPES
+    is_plain = tensor.is_cpu and tensor.layout is torch.strided and tensor.dtype in DTYPES
     return is_plain and not tensor.is_neg() and _is_dense(tensor) and KERNELS.library.functions is not None
 
 

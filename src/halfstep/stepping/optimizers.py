@@ -59,7 +59,9 @@ class Optimizers:
         """Each steps on its share of the gradients, times a factor; the gradients are used up."""
         stalls: list[Stall] = []
         for optimizer in self.all:
-            share = {p: gradients.pop(p) for p in list_parameters(optimizer) if p in gradients}
+            share = gradients
+            if len(self.all) > 1:
+                share = {p: gradients.pop(p) for p in list_parameters(optimizer) if p in gradients}
             if share:
                 stalls += self.step_one(optimizer, share, factor, watch=watch)
         return stalls
