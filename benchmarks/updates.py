@@ -90,10 +90,8 @@ def build_torch(start: Tensor, tensors: int, options: dict[str, bool]) -> Step:
 
 
 def build_ours(start: Tensor, tensors: int, way: Way) -> Step:
-    params, masters = (
-        [nn.Parameter(part.clone()) for part in start.chunk(tensors)],
-        MasterWeights(fused=way.in_one_pass),
-    )
+    params = [nn.Parameter(part.clone()) for part in start.chunk(tensors)]
+    masters = MasterWeights(fused=way.in_one_pass)
     for parameter in params if way.master else []:
         masters.narrow(parameter, torch.bfloat16, way.master)
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=way.fused)

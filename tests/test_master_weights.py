@@ -29,14 +29,6 @@ SHAPES = [(7, 5), (13,), (2, 3, 4), (), (1, 1)]
 STEPS = 30
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def parameters(seed: int = 0) -> list[nn.Parameter]:
     noise = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=noise)) for shape in SHAPES]

@@ -36,14 +36,6 @@ kinds = pytest.mark.parametrize("name", KINDS)
 pytestmark = pytest.mark.skipif(KERNELS.library.functions is None, reason=KERNELS.library.why)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def parameters() -> list[nn.Parameter]:
     with seeded(0):
         tensors = [torch.randn(shape) for shape in SHAPES]

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,14 +165,6 @@ CHANGES: dict[
 }
 BEHIND_MASTERS = {"a weight is wide again": (widen_one, False), "a weight behind another master": (narrow_one, False)}
 CASES = [("none", name) for name in CHANGES] + [("split", name) for name in (*CHANGES, *BEHIND_MASTERS)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Rounding to a format: every number, every tie and its neighbours, against a search among the decoded codes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -40,14 +40,6 @@ WIDE = {np.float16: np.float32, np.float32: np.float64}
 
 def name_of(value: object) -> str:
     return value.name if isinstance(value, Format) else str(value).removeprefix("torch.")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=TWINS)

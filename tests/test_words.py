@@ -1,7 +1,7 @@
 """Rounding of fp32 words to fewer bits: defined to the bit, and the fast twins do just that."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -72,14 +72,6 @@ ALL_WAYS: dict[str, tuple[Split, Join]] = {
     **{f"split24 {name}": twin for name, twin in TWINS_24.items()},
     **{f"kahan {name}": (apart, apply_compensation) for name, apart in TWINS_KAHAN.items()},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=TWINS)
