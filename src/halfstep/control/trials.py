@@ -114,7 +114,7 @@ def stay_wide(plan: Plan, why: str) -> Plan:
 
     Examples:
         >>> [str(rule) for rule in stay_wide(Plan.parse("path=0 compute=bf16 why=fast"), "slow").rules]
-        ["path=0 compute=fp32 why='fast; but the model as a whole loses'", 'compute=fp32 why=slow']
+        ["path=0 compute=fp32 why='fast; but the model as a whole loses'", "path='**' compute=fp32 why=slow"]
     """
     layers = [
         Rule(path=rule.path, compute="fp32", why=f"{rule.why}; but the model as a whole loses")

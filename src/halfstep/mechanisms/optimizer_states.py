@@ -19,7 +19,7 @@ class NarrowStates:
     """Keeps the states of an optimizer in 8 bits between its steps. `state_dict()` still holds fp32.
 
     Examples:
-        >>> layer = nn.Linear(64, 64)
+        >>> layer = torch.nn.Linear(64, 64)
         >>> optimizer = torch.optim.Adam(layer.parameters())
         >>> states = NarrowStates(optimizer)
         >>> layer(torch.ones(1, 64)).sum().backward()
