@@ -1,14 +1,16 @@
 """Runs of the speed benchmark -> its result: ratios, floor, memory, verdicts.
 
-A run is a dictionary: workload, arm, round, and what `speed_worker` has found, or an error. Arms are paired by round, which is
-also the seed. Nothing here needs torch, a clock or a machine.
+A run is a dictionary: workload, arm, round, and what `speed_worker` has found, or an error; `turns` has for each turn the median
+step and what the gauge said of the machine. Arms are paired by round, which is also the seed, and within it by turn. Nothing here
+needs torch, a clock or a machine.
 
-    ratio        step time of an arm over that of halfstep in the same round: above 1, halfstep is faster
-    floor        operations of products and convolutions / highest rate of a product in bf16: no arm that computes the same in
-                 bf16 can be faster; floor_share = floor / step
+    ratio        step time of an arm over that of halfstep in the same turn, its median over the turns of a round: above 1,
+                 halfstep is faster
+    floor        operations of products and convolutions / highest rate of a product in bf16 in the same turn: no arm that
+                 computes the same in bf16 can be faster; floor_share = floor / step
     verdict      two one-sided t-tests on the paired differences of the held-out loss to fp32, margin: see workloads.template
     cpu_ms       processor time of a step, over all threads; other work disturbs it less than the step's time
-    disturbed    rounds in which a fixed product, timed before the run, took over 15 % more than at its best
+    disturbed    rounds in which in half of the turns a fixed product took over 15 % more than at its best
 """
 
 import math
@@ -26,13 +28,11 @@ DISTURBED = 1.15  # times the fastest spin
 Run = dict[str, Any]
 
 
-def summarize(runs: Sequence[Run], rates: dict[str, float], arms: Sequence[str]) -> dict[str, Any]:
+def summarize(runs: Sequence[Run], arms: Sequence[str]) -> dict[str, Any]:
     """The part of a result that follows from its runs, which may be incomplete."""
     names = list(dict.fromkeys(run["workload"] for run in runs))
-    quiet = min((run["spin_ms"] for run in runs if "spin_ms" in run), default=0.0)
-    workloads = {
-        name: summarize_workload([r for r in runs if r["workload"] == name], rates, arms, quiet) for name in names
-    }
+    quiet = min((turn["spin_ms"] for run in runs for turn in run.get("turns", [])), default=0.0)
+    workloads = {name: summarize_workload([r for r in runs if r["workload"] == name], arms, quiet) for name in names}
     result: dict[str, Any] = {"workloads": workloads}
     for key, ours in (("geomean", [OURS]), ("geomean_best", [OURS, OURS_COMPILED])):
         result[key], result[f"{key}_over"] = average_ratios(workloads, ours, arms)
@@ -44,42 +44,40 @@ def summarize(runs: Sequence[Run], rates: dict[str, float], arms: Sequence[str])
     return result
 
 
-def summarize_workload(
-    runs: Sequence[Run], rates: dict[str, float], arms: Sequence[str], quiet: float
-) -> dict[str, Any]:
+def summarize_workload(runs: Sequence[Run], arms: Sequence[str], quiet: float) -> dict[str, Any]:
     done = {arm: {r["round"]: r for r in runs if r["arm"] == arm and "error" not in r} for arm in arms}
     reference = done.get(REFERENCE, {})
     flops = next((r["flops"] for r in reference.values() if "flops" in r), None)
-    floor = 1e3 * flops / (1e9 * rates["bf16"]) if flops else None
     falls = [r["start_loss"] - r["loss"] for r in reference.values()]
     margin = MARGIN_SHARE * statistics.fmean(falls) if falls else math.nan
     rows = {}
     for arm in arms:
         errors = [r["error"] for r in runs if r["arm"] == arm and "error" in r]
         if done[arm] or errors:
-            rows[arm] = summarize_arm(arm, done[arm], floor, quiet) | ({"errors": errors} if errors else {})
+            rows[arm] = summarize_arm(done[arm], flops, quiet) | ({"errors": errors} if errors else {})
             rows[arm] |= judge(arm, done[arm], reference, margin)
             rows[arm]["ratio"] = spread(pair_ratios(done[arm], done.get(OURS, {})))
     return {
-        "flops": flops, "floor_ms": round_to(floor, 3), "margin": margin,
-        "start_loss": [r["start_loss"] for r in reference.values()], "arms": rows,
-        "load": [{"round": r["round"], "arm": r["arm"], "load": r.get("load")} for r in runs],
+        "flops": flops, "margin": margin, "start_loss": [r["start_loss"] for r in reference.values()], "arms": rows,
     }  # fmt: skip
 
 
-def summarize_arm(arm: str, done: dict[int, Run], floor: float | None, quiet: float) -> dict[str, Any]:
+def summarize_arm(done: dict[int, Run], flops: int | None, quiet: float) -> dict[str, Any]:
     """What an arm has shown by itself; lists are over rounds."""
     runs = list(done.values())
-    times = [r["step_ms"] for r in runs]
+    turns = [turn for r in runs for turn in r["turns"]]
+    shares = [flops / (1e6 * turn["bf16"]) / turn["step_ms"] for turn in turns] if flops else []
     row = {
         "rounds": list(done),
-        "step_ms": times,
+        "step_ms": [r["step_ms"] for r in runs],
         "cpu_ms": [r["cpu_ms"] for r in runs],
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in runs), default=None),
-        "floor_share": round_to(floor / statistics.median(times), 4) if floor and times else None,
+        "floor_share": round(statistics.median(shares), 4) if shares else None,
         "setup_s": [r["setup_s"] for r in runs],
         "loss": [r["loss"] for r in runs],
-        "disturbed": [n for n, r in done.items() if r.get("spin_ms", 0.0) > DISTURBED * quiet],
+        "disturbed": [
+            n for n, r in done.items() if statistics.median(t["spin_ms"] for t in r["turns"]) > DISTURBED * quiet
+        ],
     }
     plans = next((r["plans"] for r in runs if "plans" in r), None)
     return row | ({"plans": plans} if plans else {})
@@ -101,21 +99,26 @@ def judge(arm: str, done: dict[int, Run], reference: dict[int, Run], margin: flo
 
 
 def pair_ratios(rival: dict[int, Run], ours: dict[int, Run]) -> list[float]:
-    return [rival[n]["step_ms"] / ours[n]["step_ms"] for n in rival if n in ours]
+    """For each round that both have, the median over its turns of the rival's step over ours."""
+    return [
+        statistics.median(a["step_ms"] / b["step_ms"] for a, b in zip(rival[n]["turns"], ours[n]["turns"], strict=True))
+        for n in rival
+        if n in ours
+    ]
 
 
 def average_ratios(
     workloads: dict[str, Any], ours: Sequence[str], rivals: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Rival -> geometric mean over workloads of its step time over the best of ours, and over how many workloads."""
+    """Rival -> geometric mean over workloads of its ratio over the best of ours, and over how many workloads."""
     means, counts = {}, {}
     for rival in rivals:
         ratios = []
         for workload in workloads.values():
-            rows = workload["arms"]
-            best = [statistics.median(rows[arm]["step_ms"]) for arm in ours if arm in rows and rows[arm]["step_ms"]]
-            if best and rival in rows and rows[rival]["step_ms"]:
-                ratios.append(statistics.median(rows[rival]["step_ms"]) / min(best))
+            measured = {arm: row["ratio"]["median"] for arm, row in workload["arms"].items() if row["ratio"]}
+            best = [measured[arm] for arm in ours if arm in measured]
+            if best and rival in measured:
+                ratios.append(measured[rival] / min(best))
         if ratios and rival not in ours:
             means[rival], counts[rival] = round(average_geometrically(ratios), 4), len(ratios)
     return means, counts
@@ -129,10 +132,6 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
     return {name: round(f(values), 4) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
-
-
-def round_to(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
 
 
 def show(result: dict[str, Any]) -> Table:

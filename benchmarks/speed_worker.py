@@ -1,5 +1,7 @@
 """One run of the speed benchmark, in a process of its own: a workload trained in one arm, timed, and evaluated.
 
+`measure` makes all steps at once; `serve` makes them in turns, a few whenever it is asked (see `turns`).
+
     fp32                 as documented: the optimizer's plain constructor, nothing set
     fp32-tuned           fused optimizer, channels_last for convolutions, halfstep's allocator settings, as all tuned arms
     torch-amp            as documented: bf16 autocast around forward pass and loss
@@ -18,12 +20,12 @@ building, `prepare`, compiling, choosing a plan.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ import halfstep
 from halfstep.machine.profiles import get_profile
 from halfstep.machine.runtime import read_peak_memory, use_channels_last
 from halfstep.numerics import dropouts, losses, packing, rows, scaled_attention, updates
+from speed_summary import REFERENCE
+from turns import END
 from workloads.catalogue import WORKLOADS
 from workloads.template import Trainer, Workload
 
@@ -153,39 +157,73 @@ def tuned(arm: Arm, threads: int) -> Iterator[None]:
         yield
 
 
-def measure(workload: Workload, arm: Arm, *, warmup: int, steps: int, start: bool = False) -> dict[str, Any]:
-    """Train a workload in an arm.
+class Training:
+    """A workload that is trained in an arm, some steps at a time.
 
     start: also evaluate before the first step.
     """
-    begin = time.perf_counter()
-    trainers = build_trainers(workload, arm)
-    built = time.perf_counter() - begin
-    found: dict[str, Any] = {"start_loss": workload.evaluate(trainers)} if start else {}
-    seconds, busy, losses = [], [], []
-    for step in range(warmup + steps):
-        batch = workload.make_batch(step)
-        torch.manual_seed(workload.seed * 10_000_019 + step)  # of the dropout
+
+    def __init__(self, workload: Workload, arm: Arm, *, start: bool = False) -> None:
+        begin = time.perf_counter()
+        self.workload, self.trainers = workload, build_trainers(workload, arm)
+        self._built = time.perf_counter() - begin
+        self._start = {"start_loss": workload.evaluate(self.trainers)} if start else {}
+        self._timed: list[Timed] = []
+        self._untimed_s: list[float] = []
+        self._losses: list[float] = []
+
+    def take(self, steps: int, *, untimed: int = 0) -> list[float]:
+        """Milliseconds of some steps, before which others are made that do not count as timed."""
+        found = [self._step() for _ in range(untimed + steps)]
+        self._untimed_s += [one.seconds for one in found[:untimed]]
+        self._timed += found[untimed:]
+        return [round(1e3 * one.seconds, 3) for one in found[untimed:]]
+
+    def _step(self) -> "Timed":
+        step = len(self._losses)
+        batch = self.workload.make_batch(step)
+        torch.manual_seed(self.workload.seed * 10_000_019 + step)  # of the dropout
         before, before_busy = time.perf_counter(), time.process_time()
-        loss = workload.take_step(trainers, batch)
-        seconds.append(time.perf_counter() - before)
-        busy.append(time.process_time() - before_busy)
-        losses.append(float(loss))
-    peak = read_peak_memory()
-    steady = median(seconds[warmup:])
-    plans = {name: t.describe() for name, t in trainers.items() if isinstance(t, HalfstepTrainer)}
-    return found | {
-        "step_ms": round(1e3 * steady, 3),
-        "cpu_ms": round(1e3 * median(busy[warmup:]), 3),
-        "fastest_ms": round(1e3 * min(seconds[warmup:]), 3),
-        "slowest_ms": round(1e3 * max(seconds[warmup:]), 3),
-        "peak_memory_bytes": peak,
-        "setup_s": round(built + sum(seconds[:warmup]) - warmup * steady, 3),
-        "loss": workload.evaluate(trainers),
-        "losses": [round(value, 5) for value in losses],
-        "torch": torch.__version__,
-        **({"plans": plans} if plans else {}),
-    }  # fmt: skip
+        loss = self.workload.take_step(self.trainers, batch)
+        timed = Timed(time.perf_counter() - before, time.process_time() - before_busy)
+        self._losses.append(float(loss))
+        return timed
+
+    def finish(self) -> dict[str, Any]:
+        """What the benchmark wants to know, once all steps are made."""
+        peak = read_peak_memory()
+        seconds = [one.seconds for one in self._timed]
+        steady = median(seconds)
+        plans = {name: t.describe() for name, t in self.trainers.items() if isinstance(t, HalfstepTrainer)}
+        return self._start | {
+            "step_ms": round(1e3 * steady, 3),
+            "cpu_ms": round(1e3 * median(one.busy for one in self._timed), 3),
+            "fastest_ms": round(1e3 * min(seconds), 3),
+            "slowest_ms": round(1e3 * max(seconds), 3),
+            "peak_memory_bytes": peak,
+            "setup_s": round(self._built + sum(self._untimed_s) - len(self._untimed_s) * steady, 3),
+            "loss": self.workload.evaluate(self.trainers),
+            "losses": [round(value, 5) for value in self._losses],
+            "torch": torch.__version__,
+            **({"plans": plans} if plans else {}),
+        }  # fmt: skip
+
+
+class Timed(NamedTuple):
+    """A step: seconds that passed, and seconds of the processor over all threads."""
+
+    seconds: float
+    busy: float
+
+
+def measure(workload: Workload, arm: Arm, *, warmup: int, steps: int, start: bool = False) -> dict[str, Any]:
+    """Train a workload in an arm, all steps at once.
+
+    start: also evaluate before the first step.
+    """
+    training = Training(workload, arm, start=start)
+    training.take(steps, untimed=warmup)
+    return training.finish()
 
 
 def count_products(workload: Workload) -> int:
@@ -225,22 +263,19 @@ def time_best(call: Callable[[], object], times: int) -> float:
     return min(spans)
 
 
-def measure_rates(times: int = 12) -> dict[str, float]:
-    """Format -> highest rate of a matrix product in GFLOP/s over a few large shapes."""
-    rates = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        best = 0.0
-        for m, k, n in LARGE_SHAPES:
-            a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
-            best = max(best, 2e-9 * m * k * n / time_best(partial(nn.functional.linear, a, b), times))
-        rates[name] = round(best, 1)
-    return rates
+def measure_rate(dtype: torch.dtype, times: int = 12) -> float:
+    """Highest rate of a matrix product in GFLOP/s over a few large shapes."""
+    best = 0.0
+    for m, k, n in LARGE_SHAPES:
+        a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+        best = max(best, 2e-9 * m * k * n / time_best(partial(nn.functional.linear, a, b), times))
+    return round(best, 1)
 
 
-def spin() -> float:
+def spin(times: int = 8) -> float:
     """Milliseconds of a fixed product in fp32: more than usual means that something else is running."""
     a = torch.ones(1024, 1024)
-    return round(1e3 * time_best(lambda: a @ a, 8), 3)
+    return round(1e3 * time_best(lambda: a @ a, times), 3)
 
 
 def calibrate(threads: int) -> dict[str, Any]:
@@ -248,22 +283,35 @@ def calibrate(threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     get_profile()
     return {
-        "matmul_gflops": measure_rates(),
+        "matmul_gflops": {"bf16": measure_rate(torch.bfloat16), "fp32": measure_rate(torch.float32)},
         "spin_ms": spin(),
         "kernels": {k.source.stem: k.describe() for k in KERNELS},
     }
 
 
-def run(name: str, arm_name: str, seed: int, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
-    """Everything that a process of the benchmark does."""
-    arm, found = ARMS[arm_name], {}
+def serve(name: str, arm_name: str, seed: int, *, warmup: int, threads: int, lines: Iterable[str]) -> Iterator[Any]:
+    """Everything that a process of the benchmark does. It answers each line: a number of steps with their times, `turns.END` with
+    what it has found.
+
+    The first step of a turn finds the caches as another process has left them; it is made besides and not timed.
+    """
+    arm, is_reference = ARMS[arm_name], arm_name == REFERENCE
     with tuned(arm, threads):
         workload = WORKLOADS[name](seed)
-        reference = arm_name == "fp32"
-        found = measure(workload, arm, warmup=warmup, steps=steps, start=reference)
-        if reference and seed == 0:
-            found["flops"] = count_products(workload)
-    return found
+        training = Training(workload, arm, start=is_reference)
+        training.take(0, untimed=warmup - 1)
+        for line in lines:
+            if line.strip() == END:
+                break
+            yield {"step_ms": training.take(int(line), untimed=1)}
+        yield training.finish() | ({"flops": count_products(workload)} if is_reference and seed == 0 else {})
+
+
+def gauge(threads: int, lines: Iterable[str]) -> Iterator[dict[str, float]]:
+    """How fast the machine is whenever a line asks for it: rate of a product in bf16 in GFLOP/s, and `spin`."""
+    torch.set_num_threads(threads)
+    for _ in lines:
+        yield {"bf16": measure_rate(torch.bfloat16, times=3), "spin_ms": spin(times=3)}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,32 @@ from halfstep.records import HardwareProfile
 from halfstep.stepping import plan_in_force
 from speed_summary import average_geometrically, judge, show, show_means, summarize
 from speed_worker import ARMS, TorchTrainer, build_trainers, count_products, measure
+from turns import END, Process, take_turns
 from workloads.catalogue import QUICK, WORKLOADS
 from workloads.synthetic import ClickLog, MarkovText
 from workloads.template import MARGIN_SHARE, has_fallen
 
-RATES = {"bf16": 100.0, "fp32": 50.0}  # GFLOP/s
+RATE = 100.0  # GFLOP/s in bf16
 SMALL = {name: workload(0, small=True) for name, workload in WORKLOADS.items()}
 EAGER = [name for name, arm in ARMS.items() if not arm.compiled]
 
 
-def make_run(arm: str, number: int, step_ms: float, loss: float, **more: Any) -> dict[str, Any]:
+def make_run(
+    arm: str,
+    number: int,
+    step_ms: float,
+    loss: float,
+    *,
+    speeds: Sequence[float] = (1.0,),
+    spin_ms: float = 10.0,
+    **more: Any,
+) -> dict[str, Any]:
+    """speeds: of the machine in each turn."""
     start = {"start_loss": 4.0, "flops": 10**9} if arm == "fp32" else {}
+    turns = [{"step_ms": step_ms / speed, "bf16": RATE * speed, "spin_ms": spin_ms / speed} for speed in speeds]
     return {
         "workload": "w", "arm": arm, "round": number, "step_ms": step_ms, "cpu_ms": step_ms, "loss": loss, "setup_s": 1.0,
-        "peak_memory_bytes": 100 + number, "spin_ms": 10.0, "load": 0.1,
+        "peak_memory_bytes": 100 + number, "turns": turns, "load": 0.1,
     } | start | more  # fmt: skip
 
 
@@ -63,7 +78,7 @@ def one_thread(profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch) -> Any
 
 
 def test_verdicts_are_of_paired_differences_against_a_share_of_the_fall() -> None:
-    arms = summarize(make_runs(), RATES, ["fp32", "torch-amp", "halfstep"])["workloads"]["w"]
+    arms = summarize(make_runs(), ["fp32", "torch-amp", "halfstep"])["workloads"]["w"]
     assert arms["margin"] == pytest.approx(MARGIN_SHARE * 2.0)
     assert arms["arms"]["halfstep"]["verdict"] == "equivalent"  # the noise that both share is no difference
     assert arms["arms"]["halfstep"]["difference"] == pytest.approx(0.002)
@@ -72,16 +87,16 @@ def test_verdicts_are_of_paired_differences_against_a_share_of_the_fall() -> Non
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    summary = summarize(make_runs(), RATES, ["fp32", "torch-amp", "halfstep"])
+    summary = summarize(make_runs(), ["fp32", "torch-amp", "halfstep"])
     assert summary["workloads"]["w"]["arms"]["fp32"]["ratio"] == {"median": 3.1, "min": 3.0, "max": 3.2}
     assert summary["geomean"] == {"fp32": 3.1, "torch-amp": 2.0}
     assert summary["not_equivalent"] == {"fp32": {}, "torch-amp": {"w": "worse"}, "halfstep": {}}
 
 
 def test_the_geometric_mean_is_over_workloads_and_takes_the_best_of_ours() -> None:
-    runs = make_runs() + [r | {"workload": "v", "step_ms": 2 * r["step_ms"] ** 0} for r in make_runs()]
+    runs = make_runs() + [make_run(r["arm"], r["round"], 2.0, 2.0, workload="v") for r in make_runs()]
     runs += [make_run("halfstep-compile", number, 5.0, 2.0) for number in range(3)]
-    summary = summarize(runs, RATES, ["fp32", "torch-amp", "halfstep", "halfstep-compile"])
+    summary = summarize(runs, ["fp32", "torch-amp", "halfstep", "halfstep-compile"])
     assert summary["geomean"]["torch-amp"] == pytest.approx(math.sqrt(2.0 * 1.0), abs=1e-4)
     assert summary["geomean_best"]["torch-amp"] == pytest.approx(math.sqrt(4.0 * 1.0), abs=1e-4)
     assert summary["geomean_over"]["torch-amp"] == 2
@@ -89,10 +104,9 @@ def test_the_geometric_mean_is_over_workloads_and_takes_the_best_of_ours() -> No
 
 
 def test_the_floor_is_operations_by_rate() -> None:
-    row = summarize(make_runs(), RATES, ["fp32", "halfstep"])["workloads"]["w"]
-    assert row["floor_ms"] == 10.0  # 1 GFLOP at 100 GFLOP/s
-    assert row["arms"]["halfstep"]["floor_share"] == 1.0
-    assert row["arms"]["fp32"]["floor_share"] == pytest.approx(10 / 31, abs=1e-4)
+    rows = summarize(make_runs(), ["fp32", "halfstep"])["workloads"]["w"]["arms"]
+    assert rows["halfstep"]["floor_share"] == 1.0  # 1 GFLOP at 100 GFLOP/s: 10 ms
+    assert rows["fp32"]["floor_share"] == pytest.approx(10 / 31, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +121,14 @@ def test_a_run_that_has_not_trained_is_not_judged_equivalent(loss: float, refere
 
 def test_a_disturbed_round_is_named() -> None:
     runs = [*make_runs()[:-1], make_run("halfstep", 2, 10.0, 2.0, spin_ms=12.0)]
-    rows = summarize(runs, RATES, ["fp32", "halfstep"])["workloads"]["w"]["arms"]
+    rows = summarize(runs, ["fp32", "halfstep"])["workloads"]["w"]["arms"]
     assert rows["halfstep"]["disturbed"] == [2] and rows["fp32"]["disturbed"] == []
 
 
 def test_arms_that_failed_are_shown_and_not_counted() -> None:
     failed = [{"workload": "w", "arm": "halfstep-compile", "round": n, "error": "RuntimeError: no"} for n in range(3)]
     arms = ["fp32", "halfstep", "halfstep-compile"]
-    summary = summarize([*make_runs(), *failed], RATES, arms)
+    summary = summarize([*make_runs(), *failed], arms)
     assert summary["workloads"]["w"]["arms"]["halfstep-compile"]["errors"] == ["RuntimeError: no"] * 3
     assert "halfstep-compile" not in summary["geomean"]
     assert show(summary | {"arms": arms}).row_count == 3
@@ -123,31 +137,98 @@ def test_arms_that_failed_are_shown_and_not_counted() -> None:
 
 def test_an_interrupted_benchmark_keeps_what_it_has(tmp_path: Path) -> None:
     path, arms = tmp_path / "results" / "r.json", ["fp32", "halfstep"]
-    finished = itertools.count()
 
-    def measure_or_stop(workload: str, arm: str, number: int) -> dict[str, Any]:
-        if next(finished) == 3:
+    def measure_or_stop(workload: str, arms: Sequence[str], number: int) -> list[dict[str, Any]]:
+        if number == 2:
             raise KeyboardInterrupt
-        return make_run(arm, number, 10.0, 2.0)
+        return [make_run(arm, number, 10.0, 2.0) for arm in arms]
 
     def keep(runs: list[dict[str, Any]]) -> None:
-        speed.write(path, summarize(runs, RATES, arms) | {"runs": runs})
+        speed.write(path, summarize(runs, arms) | {"runs": runs})
 
     with pytest.raises(KeyboardInterrupt):
-        speed.conduct(list(speed.order_runs(["w"], arms, 3)), measure_or_stop, keep, lambda run: None)
+        speed.conduct(speed.order_groups(["w"], arms, 3), measure_or_stop, keep, lambda run: None)
     kept = json.loads(path.read_text(encoding="utf-8"))
-    assert len(kept["runs"]) == 3
+    assert len(kept["runs"]) == 4
     assert {arm: row["rounds"] for arm, row in kept["workloads"]["w"]["arms"].items()} == {
-        "fp32": [0], "halfstep": [0, 1]
+        "fp32": [0, 1], "halfstep": [0, 1]
     }  # fmt: skip
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_arms_take_turns_at_being_first() -> None:
-    order = list(speed.order_runs(["a", "b"], ["x", "y", "z"], 3))
-    assert len(order) == 18
-    first = [next(iter(runs))[2] for _, runs in itertools.groupby(order, lambda run: run[:2])]
-    assert first == ["x", "y", "y", "z", "z", "x"]
+def test_arms_take_turns_at_starting_first() -> None:
+    order = list(speed.order_groups(["a", "b"], ["x", "y", "z"], 3))
+    assert [group[:2] for group in order] == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    assert [group[2][0] for group in order] == ["x", "y", "y", "z", "z", "x"]
+    assert all(sorted(group[2]) == ["x", "y", "z"] for group in order)
+
+
+def test_a_machine_that_changes_its_speed_between_turns_changes_no_ratio() -> None:
+    """Steps made while the machine is three times as fast count in no arm's favour, nor do they raise its share of the floor."""
+    speeds = (1.0, 3.0, 0.5)
+    fast = make_run("halfstep", 0, 20.0, 2.0, speeds=speeds)
+    slow = make_run("fp32", 0, 50.0, 2.0, speeds=speeds)
+    summary = summarize([slow, fast], ["fp32", "halfstep"])
+    rows = summary["workloads"]["w"]["arms"]
+    assert rows["fp32"]["ratio"]["median"] == 2.5 and summary["geomean"] == {"fp32": 2.5}
+    assert rows["halfstep"]["floor_share"] == 0.5  # of 1e9 operations at 100 GFLOP/s
+
+
+PUPIL = """
+import json, sys
+name, fails = sys.argv[1:]
+made = []
+for line in sys.stdin:
+    if line.strip() == fails:
+        sys.exit("ValueError: so it is")
+    made.append(line.strip())
+    print(json.dumps({"step_ms": [1.0], "name": name} if line.strip() != "end" else {"made": made}), flush=True)
+"""
+
+
+def start_pupil(name: str, fails: str = "never") -> Process:
+    return Process([sys.executable, "-c", PUPIL, name, fails], {}, timeout=60.0)
+
+
+def test_processes_take_turns_and_are_gauged_in_each() -> None:
+    with start_pupil("gauge") as gauge:
+        found = take_turns(start_pupil, ["a", "b"], gauge, turns=3, steps=4)
+    assert found["a"]["made"] == ["0", "4", "4", "4", "end"] == found["b"]["made"]
+    assert len(found["b"]["turns"]) == 3
+    assert {(turn["name"], turn["gauge"]["name"]) for turn in found["b"]["turns"]} == {("b", "gauge")}
+
+
+@pytest.mark.parametrize("fails", ["0", "4", "end"])
+def test_a_process_that_fails_gives_its_last_words_and_the_others_go_on(fails: str) -> None:
+    def start(name: str) -> Process:
+        return start_pupil(name, fails if name == "a" else "never")
+
+    with start_pupil("gauge") as gauge:
+        found = take_turns(start, ["a", "b"], gauge, turns=2, steps=4)
+    assert found["a"]["error"] == "ValueError: so it is"
+    assert found["b"]["made"] == ["0", "4", "4", "end"]
+
+
+def test_a_process_that_takes_too_long_is_an_error() -> None:
+    with Process([sys.executable, "-c", "import time; input(); time.sleep(60)"], {}, timeout=0.1) as process:
+        assert process.ask("0") == {"error": "took over 0.1 s"}
+
+
+def test_a_process_of_the_benchmark_answers_lines() -> None:
+    """The real thing, at the size of a test: what it prints besides answers does not reach them."""
+    code = (
+        "import speed, speed_worker, sys\n"
+        "class Loud(speed_worker.WORKLOADS['mlp']):\n"
+        "    def __init__(self, seed): print('noise'); super().__init__(seed, small=True)\n"
+        "speed_worker.WORKLOADS['mlp'] = Loud\n"
+        "speed.answer(speed_worker.serve('mlp', 'fp32', 0, warmup=2, threads=1, lines=sys.stdin))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with Process([sys.executable, "-c", code], environment, timeout=300.0) as process:
+        assert process.ask("0") == {"step_ms": []}
+        assert len(process.ask("3")["step_ms"]) == 3
+        found = process.ask(END)
+    assert len(found["losses"]) == 2 + 1 + 3 and found["flops"] > 0 and found["start_loss"] > 0
 
 
 def test_a_run_that_fails_gives_its_last_words() -> None:
