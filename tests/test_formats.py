@@ -212,7 +212,7 @@ def test_format_is_found_by_its_name_and_every_alias(format: Format) -> None:
 
 @pytest.mark.parametrize("format", TORCH, ids=name_of)
 def test_torchs_own_names_are_aliases(format: Format) -> None:
-    assert find_format(str(TORCH[format]).removeprefix("torch.")) is format
+    assert find_format(str(TORCH[format]).removeprefix("torch.")) is find_format(TORCH[format]) is format
 
 
 @pytest.mark.parametrize("format", NUMPY, ids=name_of)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -296,6 +297,13 @@ def test_what_no_rule_states_is_fp32_and_uncast() -> None:
 def test_rule_is_stated_with_the_formats_own_names() -> None:
     rule = Rule(compute="float32", output="half", storage="bfloat16")
     assert (rule.compute, rule.output, rule.storage) == ("fp32", "fp16", "bf16")
+
+
+def test_rule_takes_dtypes_as_formats() -> None:
+    rule = Rule(compute=torch.bfloat16, storage=torch.float32)  # type: ignore[arg-type]
+    assert (rule.compute, rule.storage) == ("bf16", "fp32")
+    with pytest.raises(FormatError, match="unknown format 'complex64'"):
+        Rule(compute=torch.complex64)  # type: ignore[arg-type]
 
 
 def test_rule_that_names_a_path_nothing_has_is_dead() -> None:

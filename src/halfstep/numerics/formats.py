@@ -27,9 +27,12 @@ fp4, e8m0, mxfp8, mxfp6, mxfp4); NVIDIA, "Pretraining Large Language Models with
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from halfstep.errors import FormatError, describe_unknown
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,15 +235,19 @@ FORMATS: dict[str, Format] = {
 _BY_ANY_NAME = {name: f for f in FORMATS.values() for name in (f.name, *f.aliases)}
 
 
-def find_format(name: str) -> Format:
-    """The format of that name or alias.
+def find_format(name: "str | torch.dtype") -> Format:
+    """The format of that name or alias, or of torch's dtype.
 
     Examples:
         >>> find_format("bfloat16").name
         'bf16'
+        >>> import torch
+        >>> find_format(torch.float8_e4m3fn).name
+        'fp8_e4m3'
 
     Raises FormatError, naming the nearest format, when there is none.
     """
-    if name not in _BY_ANY_NAME:
-        raise FormatError(describe_unknown("format", name, FORMATS))
-    return _BY_ANY_NAME[name]
+    word = str(name).removeprefix("torch.")
+    if word not in _BY_ANY_NAME:
+        raise FormatError(describe_unknown("format", word, FORMATS))
+    return _BY_ANY_NAME[word]
