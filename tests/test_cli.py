@@ -376,6 +376,11 @@ BAD_INPUT: dict[str, tuple[Callable[[House], None], str, str]] = {
     "unknown format": (leave, "train tiny.toml --out run --precision compute=bf61", "did you mean 'bf16'"),
     "unknown layer path": (write_plan, "plan tiny.toml --precision plan.toml", "did you mean 'blocks.0.qkv'"),
     "unknown device": (leave, "train tiny.toml --out run --device gpu", "gpu"),
+    "unknown precision of an arm": (
+        leave,
+        "compare tiny.toml --set precision=bf61 --seeds 1",
+        "unknown precision 'bf61'",
+    ),
     "unknown arm": (leave, "compare tiny.toml --arms fp32,halfstop", "did you mean 'halfstep'"),
     "page below a file": (
         make_file,

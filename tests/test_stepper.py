@@ -576,6 +576,12 @@ def test_loss_that_is_not_one_number_with_a_graph_is_refused(build: Callable[[nn
     assert train(stepper, make_regression_batches(1))[0].applied
 
 
+def test_profile_of_another_kind_is_refused() -> None:
+    model = make_mlp()
+    with pytest.raises(ModelError, match=r"profile takes a HardwareProfile.*got 'x'"):
+        prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile="x")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 0}, {"accumulate": -1}, {"clip": 0.0}, {"clip": -1.0}])
 def test_accumulate_below_one_and_clip_not_above_zero_are_refused(options: dict[str, Any]) -> None:
     model = make_mlp()

@@ -390,6 +390,7 @@ def compare(
     from halfstep.report.page import write_page
     from halfstep.report.progress import follow_comparison
     from halfstep.report.terminal import show_comparison
+    from halfstep.stepper import read_plan
     from halfstep.training import evaluation_steps
 
     rehearsal = find_rehearsal(rehearse) if rehearse else None
@@ -408,6 +409,7 @@ def compare(
         data=data,
         recovery=recovery,
     )
+    read_plan(loaded.precision)  # raises here what would end an arm after others have trained
     task = loaded.build_task()
 
     def compare_arms(recipe: "Recipe", names: list[str]) -> comparison.ComparisonRecord:

@@ -128,6 +128,8 @@ def require_possible(options: Options, model: nn.Module, optimizers: tuple[Optim
     accumulate, clip = options.accumulate, options.clip
     if not isinstance(accumulate, int) or accumulate < 1 or (clip is not None and not clip > 0):
         raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
+    if not isinstance(options.profile, HardwareProfile | None):
+        raise ModelError(f"profile takes a HardwareProfile, as probe_hardware() gives it; got {options.profile!r:.60}")
     wholesale = any(type(optimizer) not in PARAMETERWISE for optimizer in optimizers)
     if options.release and (accumulate > 1 or clip is not None or wholesale):
         raise ModelError(
