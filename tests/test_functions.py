@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 import halfstep
 from halfstep.conversion import convert
 from halfstep.errors import PrecisionWarning
-from halfstep.mechanisms.functions import FAST, FunctionMode, describe_functions, get_routes, put_back_routes
+from halfstep.mechanisms.functions import FunctionMode, describe_functions, get_routes, put_back_routes
 from halfstep.mechanisms.operators import OperatorMode
 from halfstep.numerics import scaled_attention
 from halfstep.plan import Plan, Rule
 from helpers import seeded
 
 FAST_FP32 = Plan(rules=(Rule(compute="fp32"),), functions="fast")
+FAST_FP16 = Plan.parse("functions=fast\ncompute=fp16")
 FAST_BF16 = Plan(rules=(Rule(compute="bf16", storage="bf16", master="split"),), functions="fast")
 
 
@@ -147,14 +148,28 @@ def test_attention_under_autocast_takes_its_format() -> None:
         assert F.scaled_dot_product_attention(q, q, q).dtype is torch.bfloat16
 
 
-def test_a_plan_says_which_functions_it_takes_and_the_record_why() -> None:
-    plan = Plan.parse("functions=fast\ncompute=bf16")
+@pytest.mark.parametrize("plan", [FAST_BF16, FAST_FP16], ids=["bf16", "fp16"])
+def test_the_record_names_the_functions_that_were_called_and_each_command_once(plan: Plan) -> None:
     assert Plan.parse(str(plan)) == plan
-    with convert(nn.Linear(2, 2), plan) as conversion:
-        assert conversion.make_record().functions == describe_functions()
-    with convert(nn.Linear(2, 2), Plan.preset("bf16-mixed")) as conversion:
-        assert conversion.make_record().functions == ()
-    assert [said.partition(":")[0] for said in describe_functions()] == [f.__name__ for f in FAST]
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)) for _ in range(2)]
+    stepper, resumed = (halfstep.prepare(m, torch.optim.SGD(m.parameters(), lr=0.1), plan) for m in models)
+    assert stepper.plan_record is not None and stepper.plan_record.functions == ()
+    with stepper.autocast():
+        loss = F.cross_entropy(stepper.model(torch.ones(2, 4)), torch.zeros(2, dtype=torch.int64))
+    stepper.step(loss)
+    record = stepper.plan_record
+    assert record.functions[: len(describe_functions())] == describe_functions([F.dropout, F.cross_entropy])
+    assert "scaled_dot_product_attention" not in " ".join(record.functions)
+    assert len(record.kernels) == len(set(record.kernels))
+    assert not any(command in said for command in record.kernels for said in (*record.functions, *record.updates))
+    resumed.load_state_dict(stepper.state_dict())
+    assert resumed.plan_record is not None and resumed.plan_record.functions == record.functions
+
+
+def test_a_plan_with_the_functions_of_torch_names_none() -> None:
+    with convert(nn.Linear(2, 2), Plan.preset("bf16-mixed")) as conversion, conversion.autocast():
+        F.dropout(torch.ones(2, 2))
+    assert conversion.make_record().functions == ()
 
 
 def test_auto_takes_fast_functions_on_a_processor() -> None:
@@ -259,9 +274,6 @@ def test_subclasses_and_compiled_code_have_no_equals() -> None:
         F.dropout(torch.ones(3).as_subclass(Other))
         torch.compile(lambda x: F.dropout(x), backend="aot_eager", fullgraph=True)(torch.ones(3))
     assert not seen
-
-
-FAST_FP16 = Plan.parse("functions=fast\ncompute=fp16")
 
 
 def test_the_loss_of_a_model_in_fp16_is_taken_by_the_kernel() -> None:

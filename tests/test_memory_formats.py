@@ -25,7 +25,6 @@ from halfstep.machine.timing import Stopwatch
 from halfstep.mechanisms.memory_formats import MEMORY_FORMATS, lay_out
 from halfstep.plan import Plan, Rule
 from halfstep.records import Measurement
-from halfstep.report.terminal import describe_storage
 from halfstep.stepper import Stepper, prepare
 from helpers import assert_same, copy_weights, make_cnn, make_profile, seeded
 
@@ -111,7 +110,7 @@ def test_a_plan_lays_out_what_it_states_and_undoing_gives_it_back(rest: str) -> 
         layers = {layer.path: layer for layer in conversion.describe()}
     torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
     assert [layers[path].memory_format for path in ("0", "1", "3", "7")] == ["channels_last", "", "channels_last", ""]
-    assert describe_storage(layers["0"]).endswith(", channels_last")
+    assert layers["0"].describe_storage().endswith(", channels_last")
     assert [p.stride() for p in model.parameters()] == strides
     assert_same(copy_weights(model), before)
 

@@ -183,11 +183,11 @@ def test_descriptions_follow_the_gradients_that_were_seen() -> None:
     optimizer = Adagrad(params)
     assert masters.describe_updates(optimizer) == "torch: Adagrad has no kernel for dense gradients"
     masters.step(optimizer, dict(zip(params, next(gradients(1)), strict=True)))
-    assert masters.describe_updates(optimizer) == KERNELS.describe()
-    assert masters.describe_updates(SparseAdam(parameters())) == KERNELS.describe()
+    assert masters.describe_updates(optimizer) == KERNELS.way
+    assert masters.describe_updates(SparseAdam(parameters())) == KERNELS.way
     momentum = SGD(params, momentum=0.9)
     assert masters.describe_updates(momentum) == "torch: momentum=0.9 has no kernel for sparse gradients"
-    assert masters.describe_updates(SGD(parameters(), momentum=0.9)).startswith("native: ")
+    assert masters.describe_updates(SGD(parameters(), momentum=0.9)) == "native"
 
 
 @kinds

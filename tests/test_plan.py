@@ -359,8 +359,8 @@ def test_plans_and_rules_are_frozen_and_hashable() -> None:
         ("path=a computee=bf16", "unknown key in a rule 'computee'; did you mean 'compute'? Allowed: cast, compute, "),
         (
             "name=x nme=y",
-            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: functions, loss_scale, name, products, recovery, rule, "
-            "saved_budget, schema, states",
+            "unknown key in a plan 'nme'; did you mean 'name'? Allowed: functions, loss_scale, name, products, recovery, rest, "
+            "rule, saved_budget, schema, states",
         ),
         ("path=a path=b", "line 1 of the plan is 'path=a path=b'; write key=value words, each key once"),
         ("path=a\npath=b bf16", "line 2 of the plan is 'path=b bf16'; write key=value words, each key once"),
@@ -391,8 +391,8 @@ def test_unknown_preset_names_the_nearest() -> None:
         ({"schema": 2}, "the plan has schema 2; this version reads schema 1"),
         (
             {"rules": []},
-            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: functions, loss_scale, name, products, recovery, rule, "
-            "saved_budget, schema, states",
+            "unknown key in a plan 'rules'; did you mean 'rule'? Allowed: functions, loss_scale, name, products, recovery, rest, "
+            "rule, saved_budget, schema, states",
         ),
         ({"name": 3}, "plan key 'name' takes a string; got 3"),
         ({"loss_scale": True}, "plan key 'loss_scale' takes a string; got True"),
@@ -525,3 +525,20 @@ def test_formats_of_products_end_with_the_rule_that_decides_compute() -> None:
     assert (table["head"].compute, table["head"].grad, table["head"].scaling) == ("fp32", "", "tensor")
     assert table["head"].grad_weight == "bf16"
     assert (table["blocks.0.mlp.up"].grad, table["blocks.0.mlp.up"].scaling) == ("fp8_e5m2", "row")
+
+
+def test_the_rest_of_a_plan_round_trips_and_is_auto_or_fp32() -> None:
+    plan = Plan(rules=(Rule(path="head", compute="fp32"),), rest="auto")
+    assert Plan.parse(str(plan)) == Plan.from_dict(plan.to_dict()) == plan
+    with pytest.raises(PlanError, match="unknown rest 'automatic'; did you mean 'auto'"):
+        Plan(rest="automatic")
+    with pytest.raises(PlanError, match="both choose"):
+        Plan(rest="auto", saved_budget="1MiB")
+
+
+def test_rules_are_a_tuple_of_rules() -> None:
+    rule = Rule(compute="bf16")
+    assert hash(Plan(rules=[rule])) == hash(Plan(rules=(rule,)))  # type: ignore[arg-type]
+    for wrong in (rule, "compute=bf16", None):
+        with pytest.raises(PlanError, match="rules takes several Rules"):
+            Plan(rules=wrong)  # type: ignore[arg-type]

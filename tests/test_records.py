@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 from halfstep import records
 from halfstep.errors import RecordError
+from halfstep.plan import Plan
 from halfstep.records import (
     ArmResult,
     Capability,
     EndRecord,
     HardwareProfile,
+    LayerRecord,
+    PlanRecord,
     Point,
     Record,
     RunRecord,
@@ -300,3 +303,46 @@ def test_line_break_within_a_text_does_not_break_the_file(tmp_path: Path, line_b
     with path.open("w", encoding="utf-8") as file:
         append(file, written)
     assert list(read(path)) == written
+
+
+# --- a plan, for a reader
+
+
+def layer_of(path: str, *, kind: str = "linear", compute: str = "bf16", why: str = "") -> LayerRecord:
+    return LayerRecord(path=path, kind=kind, compute=compute, storage="fp32", master="none", parameters=1000, why=why)
+
+
+def test_a_plan_record_reads_as_what_was_chosen_the_exceptions_and_what_runs() -> None:
+    layers = (layer_of("0"), layer_of("1"), layer_of("2", compute="fp32", why="no gain"), layer_of("3", kind="norm"))
+    record = PlanRecord(
+        step=0, plan="name=auto loss_scale=none\ncompute=bf16", layers=layers, why="9 ms against 15", seconds=0.75,
+        updates=("AdamW: native",), functions=("dropout: native",), kernels=("cc -O3",), unheld=("3.weight",),
+        operations=("bf16 by torch.autocast: a long story",),
+    )  # fmt: skip
+    assert str(record).splitlines() == [
+        "plan auto, in force from step 0, chosen in 0.75 s",
+        "  9 ms against 15",
+        "  2 linear: bf16, weights fp32 (2,000 parameters)",
+        "  1 norm: bf16, weights fp32 (1,000 parameters)",
+        "  but 2 (linear): fp32, weights fp32: no gain",
+        "  no optimizer holds 3.weight: not trained",
+        "  operations in bf16 by torch.autocast",
+        "  fast functions: dropout: native",
+        "  updates of AdamW: native",
+        "  native is compiled by cc -O3",
+    ]
+
+
+def test_a_plan_record_shows_few_exceptions_and_says_how_many_there_are() -> None:
+    odd = [layer_of(f"odd{i}", compute="fp32", why=f"reason {i}") for i in range(20)]
+    text = str(PlanRecord(step=0, plan="", layers=(*(layer_of(f"{i}") for i in range(30)), *odd)))
+    assert text.count("but odd") == records.SHOWN
+    assert f"and {20 - records.SHOWN} more exceptions" in text
+    assert "plan without a name" in text
+
+
+@pytest.mark.parametrize("name", ["it's", "two\nlines", "a b", ""])
+def test_a_plan_record_reads_any_name(name: str) -> None:
+    record = PlanRecord(step=0, plan=str(Plan(name=name)), layers=())
+    assert record.name == ("" if "\n" in name else name)
+    assert str(record)

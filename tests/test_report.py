@@ -32,12 +32,13 @@ from halfstep.records import (
     Record,
     StepOutcome,
     StepRecord,
+    group_layers,
 )
 from halfstep.report.charts import Line, choose_ticks, draw_bars, draw_lines
 from halfstep.report.page import render_page
 from halfstep.report.progress import follow_comparison, follow_run
 from halfstep.report.tensorboard import TensorBoard
-from halfstep.report.terminal import conclude, describe_compute, group_layers, show_comparison, show_plan, show_profile
+from halfstep.report.terminal import conclude, show_comparison, show_plan, show_profile
 from halfstep.training import Metric
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -497,7 +498,7 @@ class TestRehearsal:
     ) -> None:
         layer = LayerRecord(path="a.b.fc", kind="linear", compute="int8", storage="fp32", master="none", parameters=4, why="so",
                             **settings)  # fmt: skip
-        assert describe_compute(layer) == words
+        assert layer.describe_compute() == words
         plan = PlanRecord(step=0, plan="", layers=(layer,))
         assert words in render(show_plan(plan), width=200)
         narrow = render(show_plan(plan))

@@ -132,10 +132,10 @@ def test_reason_holds_the_numbers_it_was_decided_by() -> None:
         cost_of("slow", {"bf16": 0.5}, fp32=2.0, bf16=1.75),
     ]
     fast, slow, *_ = choose_formats(costs).rules
-    assert fast.why == "8x16x32: bf16 0.5 ms with casts, fp32 2 ms: 4.0x"
-    assert slow.why == "8x16x32: fp32 2 ms, bf16 2.25 ms with casts: no gain"
+    assert fast.why == "8 rows, 16 -> 32: bf16 0.5 ms with casts, fp32 2 ms: 4.0x"
+    assert slow.why == "8 rows, 16 -> 32: fp32 2 ms, bf16 2.25 ms with casts: no gain"
     assert choose_formats([cost_of("fc", fp32=2.0)]).rules[0].why == (
-        "8x16x32: fp32 2 ms, no 16-bit format is fast here with casts: no gain"
+        "8 rows, 16 -> 32: fp32 2 ms, no 16-bit format is fast here with casts: no gain"
     )
 
 

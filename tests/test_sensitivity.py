@@ -16,10 +16,11 @@ from halfstep.control.sensitivity import (
 )
 from halfstep.control.trials import run_once
 from halfstep.conversion import convert
+from halfstep.errors import PlanError
 from halfstep.machine.timing import Stopwatch
 from halfstep.numerics import rows
 from halfstep.numerics.kernels import Library
-from halfstep.plan import Plan
+from halfstep.plan import Plan, Rule
 from halfstep.records import Measurement
 from helpers import assert_same, copy_weights, make_cnn, make_mlp, make_profile, seeded
 
@@ -354,3 +355,64 @@ def test_harm_is_the_rounding_error_of_the_format_and_noise_that_between_batches
         model.zero_grad()
     expected = (gradients[0] - gradients[1]).square().sum() / 2 / gradients[0].square().sum()
     assert harm.noise == pytest.approx(expected.item(), rel=1e-6)
+
+
+# --- rules of the user's own
+
+
+def test_given_rules_stand_before_the_chosen_ones_and_their_layers_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed = pretend_times(monkeypatch, bf16_is_faster)
+    given = Plan(rules=(Rule(path="4", compute="fp32"),), rest="auto", states="8-bit", name="mine")
+    model = make_mlp()
+    plan = choose_plan(model, (torch.randn(4, 8),), profile=make_profile("native"), given=given).plan
+    assert (plan.rest, plan.name, plan.states, plan.functions) == ("fp32", "mine", "8-bit", "fast")
+    assert plan.rules[0] == given.rules[0]
+    with convert(model, plan) as conversion:
+        stored = {layer.path: (layer.compute, layer.storage, layer.master) for layer in conversion.describe()}
+    assert stored["0"] == ("bf16", "bf16", "split") and stored["4"] == ("fp32", "fp32", "none")
+    assert {shape for shape, _ in timed} == {(4, 8, 16), (4, 16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Rule(kind="embedding", storage="fp32"), ("bf16", "fp32", "none")),
+        (Rule(kind="embedding", compute="fp32"), ("fp32", "fp32", "none")),
+        (Rule(path="table", compute="bf16", storage="bf16", master="kahan"), ("bf16", "bf16", "kahan")),
+        (Rule(saved="int8"), ("bf16", "bf16", "split")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("trial", [(2.0, 1.0), (1.0, 2.0)], ids=["wins", "loses"])
+def test_given_rules_say_all_of_the_weights_or_nothing(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule, expected: tuple[str, str, str], trial: tuple[float, float]
+) -> None:
+    pretend_times(monkeypatch, bf16_is_faster, trial=trial)
+    model = nn.Sequential()
+    model.add_module("table", nn.EmbeddingBag(9, 8))
+    model.add_module("out", nn.Linear(8, 4))
+    plan = choose_plan(
+        model, (torch.randint(9, (4, 3)),), profile=make_profile("native"), given=Plan(rules=(rule,), rest="auto")
+    ).plan
+    with convert(model, plan) as conversion:
+        table = conversion.describe()[0]
+    if trial[0] > trial[1] or rule.path == "table":
+        assert (table.compute, table.storage, table.master) == expected
+    else:
+        assert (table.compute, table.storage) == ("fp32", "fp32")
+
+
+def test_a_plan_whose_rest_is_open_is_not_converted() -> None:
+    with pytest.raises(PlanError, match="rest=auto is chosen by timing a batch"):
+        convert(make_mlp(), Plan(rest="auto"))
+
+
+def test_kinds_that_the_model_lacks_get_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_times(monkeypatch, bf16_is_faster)
+    plan = choose_plan(make_mlp(), (torch.randn(4, 8),), profile=make_profile("native")).plan
+    assert {rule.kind for rule in plan.rules} == {None}
+    given = Plan(rules=(Rule(kind="conv", compute="bf16"),), rest="auto")
+    plan = choose_plan(make_mlp(), (torch.randn(4, 8),), profile=make_profile("native"), given=given).plan
+    assert [rule.kind for rule in plan.rules if rule.kind] == ["conv"]

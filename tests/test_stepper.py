@@ -22,7 +22,17 @@ from halfstep.checkpoint import change_plan, pack, unpack
 from halfstep.control.sensitivity import Choice
 from halfstep.conversion import convert
 from halfstep.distributed import Alone
-from halfstep.errors import FormatError, ModelError, PlanError, StallWarning, TrainingError, UnsupportedError
+from halfstep.errors import (
+    CheckpointError,
+    FormatError,
+    HalfstepError,
+    ModelError,
+    PlanError,
+    StallWarning,
+    TrainingError,
+    UnheldWarning,
+    UnsupportedError,
+)
 from halfstep.mechanisms.loss_scale import UNSCALED, LossScale, LossScaleRule
 from halfstep.numerics import scaled_attention
 from halfstep.numerics.codebooks import Quantized
@@ -436,7 +446,8 @@ def test_nan_in_one_micro_batch_skips_the_window_and_the_next_one_is_applied(mod
 
 def test_step_without_any_gradient_is_skipped_and_leaves_the_scale() -> None:
     model = make_mlp()
-    stepper = prepare(model, SGD(model[0].parameters(), lr=0.1), "16-mixed")
+    with pytest.warns(UnheldWarning):
+        stepper = prepare(model, SGD(model[0].parameters(), lr=0.1), "16-mixed")
     outcome = stepper.step(model.get_parameter("4.weight").square().mean())
     assert outcome.skipped
     assert "gradient" in outcome.cause
@@ -449,7 +460,8 @@ def test_parameters_that_the_optimizer_does_not_hold_stay_and_do_not_count_in_th
     norms = []
     for accumulate in (1, 2):
         model = make_mlp()
-        stepper = prepare(model, SGD(model[4].parameters(), lr=0.1), mode, accumulate=accumulate)
+        with pytest.warns(UnheldWarning):
+            stepper = prepare(model, SGD(model[4].parameters(), lr=0.1), mode, accumulate=accumulate)
         before = copy_weights(model)
         outcome = train(stepper, [(x, y)] * accumulate)[-1]
         assert outcome.gradient_norm is not None
@@ -735,6 +747,76 @@ def test_auto_casts_what_comes_after_the_model_in_the_first_step_too(monkeypatch
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_rules_of_ones_own_stand_before_what_auto_chooses() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "rest=auto\npath=4 compute=fp32", profile=make_profile("native"))
+    assert stepper.plan_record is None and stepper.state_dict()["plan"] is None
+    train(stepper, make_regression_batches(2))
+    assert str(stepper.plan.rules[0]) == "path=4 compute=fp32"
+    assert stepper.plan_record is not None and stepper.plan_record.why
+    stepper.adopt(Plan.parse("rest=auto\npath=0 compute=fp32"))
+    assert stepper.plan.name == "32-true"
+    train(stepper, make_regression_batches(1))
+    assert str(stepper.plan.rules[0]) == "path=0 compute=fp32"
+    before = str(stepper.plan)
+    with pytest.raises(PlanError, match="path=haed"):
+        stepper.adopt(Plan.parse("rest=auto\npath=haed compute=fp32"))
+    assert str(stepper.plan) == before
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [("rest=auto\npath=haed compute=fp32", "path=haed"), ("rest=auto\npath=4 storage=int8", "storage=int8")],
+)
+def test_rules_that_cannot_be_honoured_beside_auto_are_refused_before_a_batch(plan: str, said: str) -> None:
+    model = make_mlp()
+    with pytest.raises(HalfstepError, match=said):
+        prepare(model, make_adamw(model), plan)
+    assert not has_hooks(model)
+
+
+def test_parameters_that_no_optimizer_holds_are_warned_of_and_recorded() -> None:
+    model = make_mlp()
+    with pytest.warns(
+        UnheldWarning, match=r"no optimizer holds 0.weight, 0.bias, which require gradients.*requires_grad_"
+    ):
+        stepper = prepare(model, SGD([*model[2].parameters(), *model[4].parameters()], lr=0.1), "bf16-mixed")
+    assert stepper.plan_record is not None
+    assert stepper.plan_record.unheld == ("0.weight", "0.bias")
+    stepper.restore()
+    model[0].requires_grad_(False)
+    assert prepare(model, SGD([*model[2].parameters(), *model[4].parameters()], lr=0.1), "bf16-mixed").plan_record
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedulers": 3}, "schedulers takes one LRScheduler or several; got int"),
+        ({"schedulers": ["cosine"]}, "got str"),
+        ({"averages": nn.Linear(1, 1)}, "averages takes one AveragedModel or several; got Linear"),
+        ({"clip": "1"}, "clip above 0; got accumulate=1, clip='1'"),
+        ({"saved": "int3"}, "unknown saved format 'int3'.*Allowed: bf16, fp32, int4, int8"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options: dict[str, Any], said: str) -> None:
+    model = make_mlp()
+    with pytest.raises(HalfstepError, match=said):
+        prepare(model, make_adamw(model), "bf16-mixed", **options)
+
+
+def test_a_state_that_is_none_of_a_stepper_says_what_it_lacks() -> None:
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "bf16-mixed")
+    with pytest.raises(CheckpointError, match="lacks plan, loss_scale, applied, skipped, micro; give what"):
+        stepper.load_state_dict(dict(model.state_dict()))
+
+
+def test_a_plan_file_may_be_given_as_a_path(tmp_path: Path) -> None:
+    model, path = make_mlp(), tmp_path / "mine.toml"
+    Plan.preset("bf16-mixed").save(path)
+    assert prepare(model, make_adamw(model), path).plan.name == "bf16-mixed"
+
+
 def test_adopting_a_plan_ends_the_wait_of_auto() -> None:
     model = make_mlp()
     stepper = prepare(model, make_adamw(model), "auto", profile=make_profile())
@@ -777,6 +859,7 @@ def test_state_round_trip_with_every_field_away_from_its_default(monkeypatch: py
         "routes": [
             asdict(scaled_attention.Shape(6, 5, 4, 3, 2, "bfloat16", True, "bool[True]", 7)) | {"route": "kernel"}
         ],
+        "functions": ["cross_entropy", "dropout"],
         "applied": 5,
         "skipped": 3,
         "micro": 0,
@@ -1666,7 +1749,7 @@ def test_states_saved_and_release_work_together_and_resume(mode: str) -> None:
         for m, release in zip(models, (True, False, True), strict=True)
     ]
     for stepper in steppers:
-        assert stepper.plan_record is not None and stepper.plan_record.updates == (f"AdamW: {KERNELS.describe()}",)
+        assert stepper.plan_record is not None and stepper.plan_record.updates == (f"AdamW: {KERNELS.way}",)
     assert all(outcome.applied for stepper in steppers[:2] for outcome in train(stepper, batches[:3]))
     assert any(isinstance(v, Quantized) for state in steppers[0].optimizer.state.values() for v in state.values())
     saved = copy.deepcopy((steppers[0].state_dict(), copy_weights(models[0]), steppers[0].optimizer.state_dict()))
@@ -2282,7 +2365,9 @@ def test_prepare_says_what_it_takes(arguments: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("plan", [torch.bfloat16, None, 16])
 def test_plan_of_another_type_is_refused(plan: Any) -> None:
     model = make_mlp()
-    with pytest.raises(PlanError, match="a plan is a Plan, the name of a precision, or a path"):
+    with pytest.raises(
+        PlanError, match="a plan is a Plan, the name of a precision, a plan's text, or the path of a plan file; got"
+    ):
         prepare(model, make_adamw(model), plan)
 
 

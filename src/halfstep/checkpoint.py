@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from halfstep.errors import CheckpointError, RecordError
-from halfstep.plan import PRESETS, Plan
+from halfstep.plan import Plan
 from halfstep.stepper import Stepper, read_plan
 
 SCHEMA = 2
@@ -243,7 +243,7 @@ class Rounding:
 def change_plan(stepper: Stepper, plan: Plan | str, why: str = "") -> Rounding:
     """Put another plan in force, as `Stepper.adopt` does, and count what it rounds; the plan record's `why` says it too.
 
-    plan: what `prepare` takes. "auto" goes to fp32 and chooses when the next batch arrives.
+    plan: what `prepare` takes. "auto", and a plan with rest=auto, go to fp32 and choose when the next batch arrives.
 
     Examples:
         >>> from halfstep.stepper import prepare
@@ -257,7 +257,7 @@ def change_plan(stepper: Stepper, plan: Plan | str, why: str = "") -> Rounding:
     Raises what `Stepper.adopt` raises; the plan before stays in force then.
     """
     weights, states = (list(tensors) for tensors in _copy_numbers(stepper))
-    stepper.adopt(PRESETS["32-true"] if plan == "auto" else read_plan(plan))
+    stepper.adopt(read_plan(plan))
     weights_now, states_now = _copy_numbers(stepper)
     changed = [_count_changes(weights, weights_now), _count_changes(states, states_now)]
     rounding = Rounding(
@@ -266,8 +266,6 @@ def change_plan(stepper: Stepper, plan: Plan | str, why: str = "") -> Rounding:
     )  # fmt: skip
     if stepper.plan_record is not None:
         stepper.plan_record = replace(stepper.plan_record, why=f"{why}: {rounding}" if why else str(rounding))
-    if plan == "auto":
-        stepper.wait_for_batch()
     return rounding
 
 

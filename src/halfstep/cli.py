@@ -188,6 +188,7 @@ def plan(
 ) -> None:
     """Show which formats each layer of a recipe's model gets on this machine, and why."""
     from halfstep.control.sensitivity import choose_plan
+    from halfstep.control.trials import leave_no_trace
     from halfstep.conversion import convert
     from halfstep.machine.profiles import get_profile
     from halfstep.machine.runtime import tune_process, use_channels_last
@@ -200,15 +201,17 @@ def plan(
     model = task.build_model()
     use_channels_last(model)
     why = ""
-    if loaded.precision == "auto":
+    chosen = read_plan(loaded.precision)
+    if chosen.rest == "auto":
         with tune_process():
-            choice = choose_plan(model, (task.make_batch(1)[0],), profile=get_profile())
+            choice = choose_plan(model, (task.make_batch(1)[0],), profile=get_profile(), given=chosen)
         chosen, why = choice.plan, choice.why
-    else:
-        chosen = read_plan(loaded.precision)
     if chosen.saved_budget:
         why = f"formats for saved activations are chosen when the first batch arrives, within {chosen.saved_budget}"
     with convert(model, dataclasses.replace(chosen, saved_budget="")) as conversion:
+        if chosen.functions == "fast":  # which ones are called shows as they are
+            with leave_no_trace(model), conversion.autocast():
+                task.measure_loss(model, task.make_batch(1))
         console.print(show_plan(dataclasses.replace(conversion.make_record(why=why), plan=str(chosen))))
     if save is not None:
         chosen.save(save)

@@ -14,7 +14,7 @@ gives back the same parameter objects in fp32 and the same classes.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ from halfstep.feasibility import (
     require_scalable,
 )
 from halfstep.mechanisms.activations import Keeper
-from halfstep.mechanisms.functions import FunctionMode, describe_functions
+from halfstep.mechanisms.functions import FAST, Function, FunctionMode, describe_functions
 from halfstep.mechanisms.layers import (
     DTYPES,
     Block,
@@ -183,14 +183,26 @@ class Conversion:
         """
         return tuple(f"{format} by {twin.name}: {twin.why}" for format, twin in self.twins.items())
 
+    @property
+    def called_functions(self) -> tuple[Function, ...]:
+        """Functions with a fast equal that were called so far, where the plan asks for those."""
+        return tuple(self._functions.called) if self._functions else ()
+
+    def recall_functions(self, names: Iterable[str]) -> None:
+        """Take over which functions were called before a run was interrupted, by name."""
+        if self._functions is not None:
+            known = {function.__name__: function for function in FAST}
+            self._functions.called |= {known[name]: None for name in names if name in known}
+
     def describe_functions(self) -> tuple[str, ...]:
-        """What is done about functions that have a fast equal, where the plan asks for those."""
+        """What is done about functions that have a fast equal and were called so far, where the plan asks for those."""
         if self.plan.functions != "fast":
             return ()
         if self._functions is None:
             return (f"torch's own: the fast ones are for a processor, and the model is on {self.device_type}",)
         left = "tensors in fp16: left to torch, the kernels take fp32 and bf16"
-        return (*describe_functions(), *([left] if any(s.compute == "fp16" for s in self.table.values()) else []))
+        said = describe_functions(self.called_functions)
+        return (*said, *([left] if said and any(s.compute == "fp16" for s in self.table.values()) else []))
 
     def share_quantized_weights(self) -> None:
         """From now on products share `quantized`, which the caller clears whenever weights have changed."""
@@ -396,6 +408,11 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
         raise PlanError(
             f"saved_budget={plan.saved_budget} is met by measuring a batch, and convert() sees none; give the plan to prepare(), "
             "or state `saved` in its rules"
+        )
+    if plan.rest == "auto":
+        raise PlanError(
+            "rest=auto is chosen by timing a batch, and convert() sees none; give the plan to prepare(), or to "
+            "choose_plan() first"
         )
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()

@@ -14,6 +14,7 @@
 
     StallWarning            a UserWarning: weights that no longer move, because updates are too small for their precision
     PrecisionWarning        a UserWarning: a plan that is not in force where it should be
+    UnheldWarning           a UserWarning: parameters that require gradients and that no optimizer holds
 
 A user's mistake raises one of these. `assert` is kept for halfstep's own invariants.
 """
@@ -86,6 +87,10 @@ class StallWarning(UserWarning):
 
 class PrecisionWarning(UserWarning):
     """A plan that is not in force where it should be."""
+
+
+class UnheldWarning(UserWarning):
+    """Parameters that require gradients and that no optimizer holds, so that they are not trained."""
 
 
 def describe_unknown(what: str, given: object, allowed: Iterable[str]) -> str:

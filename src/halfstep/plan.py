@@ -56,11 +56,21 @@ MEMORY_FORMATS = ("channels_last", "contiguous")
 OF_PRODUCTS = ("grad", "grad_input", "grad_weight", "scaling")  # settings that say more about `compute`
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
-HEAD = ("name", "loss_scale", "states", "recovery", "products", "functions", "saved_budget")  # keys of the plan itself
+HEAD = (
+    "name",
+    "loss_scale",
+    "states",
+    "recovery",
+    "products",
+    "functions",
+    "saved_budget",
+    "rest",
+)  # keys of the plan itself
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # of memory, in bytes
 STATES = ("fp32", "8-bit")
 PRODUCTS = ("native", "emulated")
 FUNCTIONS = ("torch", "fast")
+RESTS = ("fp32", "auto")
 RECOVERIES = ("skip", "back-off", "roll-back", "widen", "stop")
 
 
@@ -180,6 +190,8 @@ class Plan:
 
     saved_budget: how much memory saved activations may take, as "64MiB" (KiB, MiB, GiB): when the first batch arrives, formats
         are chosen that fit with the least harm, for all modules of which no rule states `saved`.
+    rest: what becomes of that which no rule states: "fp32", or "auto": it is chosen by timing when the first batch arrives, as
+        for the precision of that name. Then `loss_scale` and `functions` are chosen too where they are left at their defaults.
 
     Examples:
         >>> plan = Plan.preset("bf16-mixed")
@@ -194,19 +206,28 @@ class Plan:
     products: str = "native"  # emulated: with the numerics of units that are not here, also where there is a unit
     functions: str = "torch"  # fast: those of `mechanisms.functions` in place of torch's own
     saved_budget: str = ""  # "" means that nothing is chosen
+    rest: str = "fp32"  # auto: chosen by timing
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, Iterable) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise PlanError(f"rules takes several Rules, as (Rule(compute='bf16'),); got {self.rules!r:.80}")
+        object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "saved_budget", "".join(str(self.saved_budget).split()))
         if self.saved_budget and self.saved_bytes <= 0:
             raise PlanError(f"saved_budget={self.saved_budget} leaves no room; give a number above 0, such as 64MiB")
         words = {
             "loss_scale": LOSS_SCALES, "states": STATES, "recovery": RECOVERIES, "products": PRODUCTS,
-            "functions": FUNCTIONS,
+            "functions": FUNCTIONS, "rest": RESTS,
         }  # fmt: skip
         for key, allowed in words.items():
             if getattr(self, key) not in allowed:
                 raise PlanError(describe_unknown(key, getattr(self, key), allowed))
+        if self.rest == "auto" and self.saved_budget:
+            raise PlanError(
+                f"rest=auto and saved_budget={self.saved_budget} both choose by measuring the first batch; give one of them, and "
+                "the other in the plan that `choose_plan` returns"
+            )
 
     @property
     def saved_bytes(self) -> int:
@@ -276,7 +297,7 @@ class Plan:
 
     def _rare(self) -> dict[str, str]:
         """Keys of the head that are written only where they are not the default."""
-        keys = ("states", "recovery", "products", "functions", "saved_budget")
+        keys = ("states", "recovery", "products", "functions", "saved_budget", "rest")
         return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(Plan, key)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -325,6 +346,15 @@ class Plan:
             text = f"{self}\n"
         path.write_bytes(text.encode())
 
+    def match(self, modules: Mapping[str, str]) -> dict[str, list[Rule]]:
+        """The rules that match each module, in their order. modules: as `resolve` takes them."""
+        ends = _find_ends(modules)
+        places = {path: [word for word, end in zip(POSITIONS, ends, strict=True) if end == path] for path in modules}
+        return {
+            path: [rule for rule in self.rules if rule.matches(path, kind, places[path])]
+            for path, kind in modules.items()
+        }
+
     def resolve(self, modules: Mapping[str, str]) -> Resolution:
         """Lay the rules over modules given as path -> kind ("" for none of KINDS; the model itself has path "").
 
@@ -332,12 +362,7 @@ class Plan:
             >>> Plan(rules=(Rule(path="*.head", compute="bf16"),)).resolve({"a.head": "linear"}).table["a.head"].compute
             'bf16'
         """
-        ends = _find_ends(modules)
-        places = {path: [word for word, end in zip(POSITIONS, ends, strict=True) if end == path] for path in modules}
-        matching = {
-            path: [rule for rule in self.rules if rule.matches(path, kind, places[path])]
-            for path, kind in modules.items()
-        }
+        matching = self.match(modules)
         table = {path: _merge(rules) for path, rules in matching.items()}
         alive = {rule for rules in matching.values() for rule in rules}
         dead = tuple(rule for rule in self.rules if rule.names_a_path and rule not in alive)
@@ -451,5 +476,6 @@ PRESETS: dict[str, Plan] = {
     "fp8-mixed": replace(_scaled("fp8_e4m3", "fp8_e5m2", scaling="tensor"), name="fp8-mixed"),
     "int8-mixed": replace(_scaled("int8", "int8", scaling="row", grad_weight="bf16"), name="int8-mixed"),
 }
+AUTO = Plan(rest="auto", name="auto")
 ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed",
            "fp8": "fp8-mixed", "int8": "int8-mixed"}  # fmt: skip

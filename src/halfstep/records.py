@@ -8,8 +8,9 @@ another schema, an unknown record or an unknown field raises RecordError with th
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, get_args, get_type_hints
@@ -191,6 +192,44 @@ class LayerRecord(Record):
     )
     memory_format: str = ""  # of a 2-d convolution: channels_last | contiguous; "" as it was
 
+    def describe_compute(self) -> str:
+        """Formats of products and saved activations in words, without those that follow from what was said.
+
+        Examples:
+            >>> LayerRecord(path="fc", kind="linear", compute="int8", storage="fp32", master="none", parameters=4,
+            ...             grad="int8", grad_weight="bf16", scaling="row", saved="int4").describe_compute()
+            'int8, grad_weight bf16, scales by row, saves int4'
+        """
+        grad = self.grad or self.compute
+        words = [self.compute, f"gradient {grad}" if grad != self.compute else ""]
+        for product in ("grad_input", "grad_weight"):
+            own = getattr(self, product)
+            words.append(f"{product} {own}" if own and not own == grad == self.compute else "")
+        if self.scaling:
+            words.append("delayed scales" if self.scaling == "delayed" else f"scales by {self.scaling}")
+        return ", ".join(filter(None, [*words, f"saves {self.saved}" if self.saved else ""]))
+
+    def describe_storage(self) -> str:
+        """Storage, master and memory format in words: "fp32", or "bf16 + split, channels_last"."""
+        stored = self.storage if self.storage == "fp32" else f"{self.storage} + {self.master}"
+        return f"{stored}, {self.memory_format}" if self.memory_format else stored
+
+    def __str__(self) -> str:
+        return f"{self.describe_compute()}, weights {self.describe_storage()}"
+
+
+def group_layers(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
+    """Layers of equal settings and reason in one record each, in order, with their parameters added up."""
+    groups: dict[LayerRecord, list[LayerRecord]] = {}
+    for layer in layers:
+        groups.setdefault(replace(layer, path="", parameters=0), []).append(layer)
+    merged = []
+    for common, members in groups.items():
+        path = members[0].path or "(model)"
+        path += f" and {len(members) - 1} more" if len(members) > 1 else ""
+        merged.append(replace(common, path=path, parameters=sum(m.parameters for m in members)))
+    return merged
+
 
 @dataclass(frozen=True, kw_only=True)
 class HarmRecord(Record):
@@ -214,7 +253,18 @@ class HarmRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRecord(Record):
-    """The plan in force from a step on, as text, with what it came to layer by layer."""
+    """The plan in force from a step on, as text, with what it came to layer by layer.
+
+    `str` is the short form: what most layers of each kind got, those that got something else with the reason, and what runs
+    updates and functions.
+
+    Examples:
+        >>> layer = LayerRecord(path="0", kind="linear", compute="bf16", storage="fp32", master="none", parameters=12)
+        >>> print(PlanRecord(step=0, plan="name=bf16-mixed", layers=(layer,), updates=("AdamW: native",)))
+        plan bf16-mixed, in force from step 0
+          1 linear: bf16, weights fp32 (12 parameters)
+          updates of AdamW: native
+    """
 
     step: int
     plan: str
@@ -222,8 +272,64 @@ class PlanRecord(Record):
     why: str = ""
     seconds: float = 0.0  # time that choosing it took
     updates: tuple[str, ...] = ()  # what computes the update of each optimizer
-    functions: tuple[str, ...] = ()  # which functions have a fast equal in place, as the plan asks for it
+    functions: tuple[
+        str, ...
+    ] = ()  # with a fast equal in place that the model or its loss has called, from the first step on
     operations: tuple[str, ...] = ()  # for each 16-bit format that operations are cast to: who casts them, and why
+    kernels: tuple[str, ...] = ()  # commands that compiled what is "native" in updates and functions
+    unheld: tuple[str, ...] = ()  # parameters that require gradients and that no optimizer holds: they do not train
+
+    @property
+    def name(self) -> str:
+        """The plan's name; "" where it has none."""
+        try:
+            words = shlex.split(self.plan.partition("\n")[0])
+        except ValueError:  # a name of several lines
+            return ""
+        return dict(word.split("=", 1) for word in words if "=" in word).get("name", "")
+
+    def __str__(self) -> str:
+        took = f", chosen in {self.seconds:.2g} s" if self.seconds else ""
+        lines = [f"plan {self.name or 'without a name'}, in force from step {self.step}{took}"]
+        lines += [f"  {self.why}"] if self.why else []
+        usual, exceptions = _find_usual(self.layers)
+        for settings, members in usual.items():
+            count, numbers = len(members), sum(layer.parameters for layer in members)
+            lines.append(f"  {count} {settings.kind or 'other'}: {settings} ({numbers:,} parameters)")
+        unlike = group_layers(exceptions)
+        for layer in unlike[:SHOWN]:
+            why = f": {layer.why}" if layer.why and layer.why != self.why else ""
+            lines.append(f"  but {layer.path} ({layer.kind or 'other'}): {layer}{why}")
+        lines += [f"  and {len(unlike) - SHOWN} more exceptions, in .layers"] if len(unlike) > SHOWN else []
+        lines += [f"  no optimizer holds {describe_some(self.unheld)}: not trained"] if self.unheld else []
+        lines += [f"  operations in {said.partition(':')[0]}" for said in self.operations]
+        lines += [f"  fast functions: {said}" for said in self.functions]
+        lines += [f"  updates of {said}" for said in self.updates]
+        return "\n".join([*lines, *(f"  native is compiled by {command}" for command in self.kernels)])
+
+
+SHOWN = 8  # exceptions in the short form of a plan record
+
+
+def _find_usual(layers: Iterable[LayerRecord]) -> tuple[dict[LayerRecord, list[LayerRecord]], list[LayerRecord]]:
+    """For each kind the settings that most of its layers have, with those layers; and all other layers."""
+    kinds: dict[str, dict[LayerRecord, list[LayerRecord]]] = {}
+    for layer in layers:
+        settings = replace(layer, path="", parameters=0, why="")
+        kinds.setdefault(layer.kind, {}).setdefault(settings, []).append(layer)
+    usual = dict(max(groups.items(), key=lambda group: len(group[1])) for groups in kinds.values())
+    return usual, [layer for layer in layers if replace(layer, path="", parameters=0, why="") not in usual]
+
+
+def describe_some(names: Sequence[str], count: int = 3) -> str:
+    """The first few names, and how many more there are.
+
+    Examples:
+        >>> describe_some(["a", "b", "c", "d"])
+        'a, b, c and 1 more'
+    """
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,28 +30,31 @@ from halfstep.control.controller import Decision, Recovery, RecoveryRule, find_p
 from halfstep.control.sensitivity import Choice
 from halfstep.conversion import Conversion
 from halfstep.distributed import Ranks
-from halfstep.errors import HalfstepError, ModelError, PlanError, TrainingError
-from halfstep.mechanisms.functions import get_routes, put_back_routes
+from halfstep.errors import CheckpointError, HalfstepError, ModelError, PlanError, TrainingError
+from halfstep.mechanisms.functions import FAST, get_routes, put_back_routes
 from halfstep.mechanisms.loss_scale import DYNAMIC, UNSCALED, LossScale, adjust
 from halfstep.mechanisms.operators import forget_casts
-from halfstep.plan import Plan
+from halfstep.numerics.kernels import list_commands
+from halfstep.plan import AUTO, PRESETS, Plan
 from halfstep.records import HardwareProfile, PlanRecord, StepOutcome
 from halfstep.snapshot import Snapshot
 from halfstep.stepping.agreement import agree_on_finding
 from halfstep.stepping.closures import ClosureStep
 from halfstep.stepping.copies import guard_copies
 from halfstep.stepping.gradient_release import Release
-from halfstep.stepping.optimizers import Optimizers
+from halfstep.stepping.optimizers import Optimizers, list_unheld
 from halfstep.stepping.options import (
     Options,
     read_saved,
     read_states,
     require_alone,
     require_possible,
+    require_several,
     require_stand_ins,
     require_trainable,
     require_whole,
     take_several,
+    warn_of_unheld,
 )
 from halfstep.stepping.plan_in_force import PlanInForce
 from halfstep.stepping.plan_in_force import read_plan as read_plan
@@ -76,6 +80,7 @@ class Stepper:
         self.skipped = 0
         self.outcome: StepOutcome | None = None  # of the last call of step()
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
+        self._is_first = True  # whether no step has been made under the plan in force
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
         self._optimizers = Optimizers(optimizers)
@@ -162,6 +167,7 @@ class Stepper:
         if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             raise ModelError("LBFGS evaluates the loss itself; call step(closure=f), where f() returns the loss")
         self._in_force.require_met_budget()
+        self._note_first_step()
         if self.options.release:
             return self._step_released(loss)
         self._window.go_backward(loss, self.scale / self.accumulate)
@@ -224,6 +230,7 @@ class Stepper:
         try:
             with self._optimizers.at_rate(self._rescue.rate):
                 finding = step.take(loss, closure)
+            self._note_first_step()
             if not finding.cause:
                 if is_due:
                     self._rescue.keep_state(self.applied, snapshot)
@@ -334,10 +341,11 @@ class Stepper:
         self._scale = scale
         return [rule.path for rule in rules]
 
-    def wait_for_batch(self, budget: str = "") -> None:
+    def wait_for_batch(self, budget: str = "", given: Plan = AUTO) -> None:
         """Choose the plan when the first training batch arrives, just before the model sees it.
 
         budget: choose nothing but the formats of saved activations, so that they fit into it.
+        given: the plan whose rest is chosen.
         """
 
         def take(choice: Choice) -> None:
@@ -345,7 +353,9 @@ class Stepper:
             if self._around is not None:
                 self._open_autocast(self._around)
 
-        self._in_force.wait_for_batch(take, budget)
+        if not budget:
+            self._in_force.require_possible(given)
+        self._in_force.wait_for_batch(take, budget, given)
 
     def _let_auto_choose(self, closure: Callable[[], Tensor]) -> None:
         """It does so in a forward pass, which must not be one in the middle of an update."""
@@ -358,13 +368,19 @@ class Stepper:
     def adopt(self, plan: Plan, why: str = "") -> None:
         """Put another plan in force; weights, optimizer state and the gradients of an open window go on from fp32.
 
+        A plan with rest=auto is chosen when the next batch arrives, and until then all is fp32.
+
         Raises what `convert` raises; the plan before stays in force then.
         """
+        if plan.rest == "auto":
+            self._in_force.require_possible(plan)
         window, before = self._window.state_dict(), self.scale
         try:
-            self._adopt(plan, why)
+            self._adopt(PRESETS["32-true"] if plan.rest == "auto" else plan, why)
         finally:
             self._window.load_state_dict(window, self.scale / before)
+        if plan.rest == "auto":
+            self.wait_for_batch(given=plan)
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
         budget = plan.saved_budget
@@ -378,9 +394,30 @@ class Stepper:
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
         record = self.conversion.make_record(step=self.applied, why=why, seconds=seconds)
-        self.plan_record = replace(record, updates=self._optimizers.describe_updates())
+        self.plan_record = replace(
+            record, updates=self._optimizers.describe_updates(), unheld=list_unheld(self.model, self.optimizers)
+        )
+        self._note_kernels()
+        self._is_first = True
         if budget:
             self.wait_for_batch(budget)
+
+    def _note_first_step(self) -> None:
+        """The forward pass has called what the model and its loss call."""
+        if self._is_first:
+            self._note_kernels()
+            self._is_first = False
+
+    def _note_kernels(self) -> None:
+        """Say in the record which fast functions were called, and what compiled all that is native."""
+        if self.plan_record is not None:
+            called = (FAST[function].kernels for function in self.conversion.called_functions)
+            found = replace(
+                self.plan_record, functions=self.conversion.describe_functions(),
+                kernels=list_commands((*called, *self._optimizers.list_kernels())),
+            )  # fmt: skip
+            if found != self.plan_record:
+                self.plan_record = found
 
     def restore(self) -> nn.Module:
         """Undo the conversion and give the model back in fp32; the optimizer goes on with it as a plain one."""
@@ -403,6 +440,7 @@ class Stepper:
             "masters": self.conversion.masters.state_dict(),
             "amaxes": self.conversion.histories.copy(),
             "routes": get_routes() if self.plan.functions == "fast" else [],
+            "functions": [function.__name__ for function in self.conversion.called_functions],
             "applied": self.applied,
             "skipped": self.skipped,
             "micro": self._window.micro,
@@ -413,8 +451,14 @@ class Stepper:
         """Put a saved state in force, its plan included.
 
         Raises PlanError when the state was saved inside an accumulation window and does not hold its gradients, or
-        the window is longer than this stepper's.
+        the window is longer than this stepper's; CheckpointError when it is no state of a stepper.
         """
+        needed = ("plan", "loss_scale", "applied", "skipped", "micro")
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise CheckpointError(
+                f"this is no state of a stepper, it lacks {', '.join(missing)}; give what stepper.state_dict() returned"
+            )
         window = state.get("window")
         if state["micro"] and (window is None or state["micro"] >= self.accumulate):
             raise PlanError(
@@ -436,6 +480,10 @@ class Stepper:
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))
         self.conversion.histories.put_back(state.get("amaxes", {}))
         put_back_routes(state.get("routes", []))
+        if state.get("functions"):
+            self.conversion.recall_functions(state["functions"])
+            self._note_kernels()
+            self._is_first = False
         self.conversion.quantized.clear()
         self.applied, self.skipped = state["applied"], state["skipped"]
         self._window.load_state_dict(window)
@@ -444,7 +492,7 @@ class Stepper:
 def prepare(  # noqa: PLR0913  (one entry for everything about a step)
     model: nn.Module,
     optimizer: Optimizer | Iterable[Optimizer],
-    plan: Plan | str = "auto",
+    plan: Plan | str | Path = "auto",
     *,
     accumulate: int = 1,
     clip: float | None = None,
@@ -463,8 +511,9 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         model: an fp32 module. To train it in several processes, wrap `stepper.model` afterwards.
         optimizer: any torch optimizer over its parameters, or several that share them out.
         plan: a precision name ("auto", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32-true"), a Plan, its text, or the
-            path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it; a
-            plan with `saved_budget` chooses formats for saved activations then.
+            path of a plan file (.toml, .json). "auto" chooses when the first batch arrives, by timing the model on it; so
+            does a plan with `rest="auto"`, whatever its rules leave open; a plan with `saved_budget` chooses formats for
+            saved activations then.
         accumulate: micro-batches in one update; each loss is divided by it.
         clip: largest 2-norm of all gradients together, after unscaling.
         schedulers: stepped once for every applied step.
@@ -491,23 +540,28 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
         >>> stepper.step(loss).status
         'applied'
 
+    Warns of parameters that require gradients and that no optimizer holds: they are not trained.
+
     Raises ModelError when there is nothing to train, PlanError, FormatError or UnsupportedError for the plan.
     """
     optimizers: tuple[Any, ...] = take_several(optimizer, Optimizer)
     require_trainable(model, optimizers, optimizer)
     options = Options(
         accumulate=accumulate, clip=clip, release=release, profile=profile, ranks=ranks,
-        schedulers=take_several(schedulers, LRScheduler), averages=take_several(averages, AveragedModel),
+        schedulers=require_several(schedulers, LRScheduler, "schedulers", does="step"),
+        averages=require_several(averages, AveragedModel, "averages", does="update_parameters"),
         recovery=None if recovery is None else find_policy(recovery), saved=None if saved is None else read_saved(saved),
         states=None if states is None else read_states(states),
     )  # fmt: skip
     require_possible(options, model, optimizers)
+    warn_of_unheld(model, optimizers)
     stepper = Stepper(model, optimizers, options)
     try:
-        if plan == "auto":
-            stepper.wait_for_batch()
+        plan = read_plan(plan)
+        if plan.rest == "auto":
+            stepper.wait_for_batch(given=plan)
         else:
-            stepper.adopt(read_plan(plan))
+            stepper.adopt(plan)
     except Exception:
         stepper.restore()
         raise

@@ -74,12 +74,30 @@ def _choose_narrow(costs: Sequence[LayerCost]) -> str:
     return "bf16" if "bf16" in times and times["bf16"] < NOISE * times[best] else best
 
 
+def describe_shape(shape: Sequence[int]) -> str:
+    """The shape of a timed product, as `records.Measurement` has it, in words.
+
+    Examples:
+        >>> describe_shape((256, 512, 10))
+        '256 rows, 512 -> 10'
+        >>> describe_shape((16, 64, 128, 32, 32, 3, 2, 1))
+        '16 images of 64x32x32 -> 128, kernel 3, stride 2'
+    """
+    match shape:
+        case rows, inputs, outputs:
+            return f"{rows} rows, {inputs} -> {outputs}"
+    batch, inputs, outputs, height, width, kernel, stride, groups = shape
+    said = f"{batch} images of {inputs}x{height}x{width} -> {outputs}, kernel {kernel}"
+    said += f", stride {stride}" if stride > 1 else ""
+    return f"{said}, {groups} groups" if groups > 1 else said
+
+
 def _master(format: str, master: str) -> str:
     return "fp32" if format == "fp16" else master
 
 
 def _rule(cost: LayerCost, narrow: str, master: str) -> Rule:
-    shape, fp32 = "x".join(map(str, cost.shape)), cost.total("fp32")
+    shape, fp32 = describe_shape(cost.shape), cost.total("fp32")
     if narrow not in cost.products or fp32 < NOISE * cost.total(narrow):
         timed = [f"{f} {cost.total(f):.3g} ms" for f in cost.products if f != "fp32"]
         others = ", ".join(timed) or "no 16-bit format is fast here"

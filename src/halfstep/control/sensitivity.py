@@ -31,7 +31,7 @@ from halfstep.machine.timing import DTYPES, Stopwatch, time_products
 from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import find_kind
 from halfstep.numerics import rows
-from halfstep.plan import Plan, Rule, Settings
+from halfstep.plan import AUTO, Plan, Rule, Settings
 from halfstep.records import Capability, HardwareProfile, HarmRecord, SavedRecord
 
 CANDIDATES = ("bf16", "fp16")
@@ -220,9 +220,13 @@ def _time_cast(format: str, watch: Stopwatch) -> float:
 
 
 def choose_plan(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, profile: HardwareProfile
-) -> Choice:
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, profile: HardwareProfile,
+    given: Plan = AUTO,
+) -> Choice:  # fmt: skip
     """The plan that "auto" means for this model, fed with this batch, on the machine of this profile.
+
+    given: a plan whose rules stand before the chosen ones. Layers of which they state `compute` are not timed, and weights of
+        which they state something are what such a plan makes of them by itself: fp32 where no rule says otherwise.
 
     Examples:
         >>> from halfstep.machine.hardware import probe_hardware
@@ -231,29 +235,71 @@ def choose_plan(
         'fp32'
     """
     start, kwargs = time.perf_counter(), kwargs or {}
-    functions = "fast" if profile.device == "cpu" else "torch"
-    fast = _list_candidates(profile)
+    fast, own = _list_candidates(profile), _state_weights(given)
+
+    def complete(found: Plan) -> Plan:
+        """What was found, behind what was given."""
+        rules = (*own, *found.rules)
+        fast_functions = given.functions == "fast" or profile.device == "cpu"
+        return replace(
+            given, rest="fp32", name=given.name or found.name, functions="fast" if fast_functions else "torch",
+            loss_scale=found.loss_scale if given.loss_scale == "none" else given.loss_scale,
+            rules=_drop_idle(model, rules, kept=given.rules),
+        )  # fmt: skip
+
     if not fast:
         reasons = "; ".join(f"{c.format}: {c.why}" for c in profile.capabilities if c.format in CANDIDATES)
         why = f"no 16-bit format is faster than fp32 on this machine ({reasons})"
-        plan = Plan(rules=(Rule(compute="fp32", why=why),), functions=functions, name="auto")
+        plan = complete(Plan(rules=(Rule(compute="fp32", why=why),), name="auto"))
         return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
     with leave_no_trace(model):
         with observe_shapes(model) as shapes, torch.no_grad():
             model(*args, **kwargs)
-        costs = measure_costs(shapes, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
+        decided = _list_stated(model, given, "compute")
+        left = {path: shape for path, shape in shapes.items() if path not in decided}
+        costs = measure_costs(left, ("fp32", *fast), Stopwatch(profile.device, seconds=0.04))
         untimed = fast[0] if _has_untimed(model, shapes) else ""
-        plan = _keep_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
-        plan = replace(plan, functions=functions)
+        found = _keep_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
+        ordered_already = _list_stated(model, given, "memory_format")
+        convolutions = [cost for cost in costs if cost.path not in ordered_already]
         half = halve_batch(args, kwargs)
-        ordered, said = try_memory_formats(model, *half, plan, shapes, costs, profile.device)
-        wins, why = try_plan(model, *half, ordered, Stopwatch(profile.device))
+        wide = complete(Plan(rules=(Rule(compute="fp32"),)))
+        plan, said = try_memory_formats(model, *half, complete(found), shapes, convolutions, profile.device)
+        wins, why = try_plan(model, *half, wide, plan, Stopwatch(profile.device))
         if not wins:
-            ordered, said = try_memory_formats(model, *half, stay_wide(plan, why), shapes, costs, profile.device)
-        plan = ordered
+            plan = complete(stay_wide(found, why))
+            plan, said = try_memory_formats(model, *half, plan, shapes, convolutions, profile.device)
     why = "; ".join(filter(None, [why, said]))
     release_memory()
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
+
+
+def _state_weights(given: Plan) -> tuple[Rule, ...]:
+    """The rules of a plan, and those that keep fp32 weights where one of them says something of weights and not all: what is
+    chosen behind them must not store in bf16 what they compute in fp32."""
+    about_weights = [rule for rule in given.rules if rule.compute or rule.storage or rule.master]
+    kept = (
+        Rule(path=rule.path, kind=rule.kind, position=rule.position, storage="fp32", master="none")
+        for rule in about_weights
+        if not (rule.storage and rule.master)
+    )
+    return (*given.rules, *dict.fromkeys(kept))
+
+
+def _list_stated(model: nn.Module, plan: Plan, setting: str) -> set[str]:
+    """Paths of the modules of which a plan's rules state a setting."""
+    matching = plan.match({path: find_kind(module) for path, module in model.named_modules()})
+    return {path for path, rules in matching.items() if any(getattr(rule, setting) for rule in rules)}
+
+
+def _drop_idle(model: nn.Module, rules: tuple[Rule, ...], *, kept: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Rules without those that match nothing in this model, as one for embeddings where there are none.
+
+    kept: rules that stay whatever they match.
+    """
+    matching = Plan(rules=rules).match({path: find_kind(module) for path, module in model.named_modules()})
+    alive = {rule for matched in matching.values() for rule in matched}
+    return tuple(rule for rule in rules if rule in alive or rule in kept)
 
 
 def measure_harm(model: nn.Module, plan: Plan, run: Callable[[int], None]) -> tuple[HarmRecord, ...]:

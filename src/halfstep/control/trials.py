@@ -92,12 +92,14 @@ def halve_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequenc
 
 
 def try_plan(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], plan: Plan, watch: Stopwatch
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], wide: Plan, plan: Plan, watch: Stopwatch
 ) -> tuple[bool, str]:
-    """Whether the whole model is faster under the plan than in fp32 with the same functions, and the numbers."""
-    if all(rule.compute == "fp32" for rule in plan.rules if rule.compute):
+    """Whether the whole model is faster under the plan than under the wide one, and the numbers.
+
+    wide: the plan with fp32 in place of all that was chosen.
+    """
+    if all(rule.compute == "fp32" for rule in plan.rules if rule.compute and rule not in wide.rules):
         return True, "no layer is faster in 16 bits at its own shape"
-    wide = Plan(rules=(Rule(compute="fp32"),), functions=plan.functions)
     try:
         times = race(model, args, kwargs, (wide, plan), watch)
     except RuntimeError as error:  # inputs in fp32 beside weights in 16 bits, where torch wants them alike

@@ -55,10 +55,25 @@ FAST: Mapping[Function, Fast] = {
 """torch function -> what takes its place."""
 
 
+@dataclass(frozen=True)
+class Noted:
+    """A function that notes that it was called, under the one of torch's whose place it takes."""
+
+    theirs: Function
+    ours: Function
+    called: dict[Function, None]  # in the order of their first calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called[self.theirs] = None
+        return self.ours(*args, **kwargs)
+
+
 class FunctionMode(TorchFunctionMode):
     """A `with` block in which functions of torch's are replaced, also within those that torch makes of them.
 
     replacements: torch function -> function with the same signature; left out: all of FAST whose kernels run here.
+
+    `called` has those of FAST that were called so far, in eager code.
 
     Subclasses of Tensor keep torch's own. In compiled code, if it is called inside the block, those of FAST become operators
     in its graph (`numerics.traced`), and no others are replaced.
@@ -72,9 +87,10 @@ class FunctionMode(TorchFunctionMode):
     def __init__(self, replacements: Mapping[Function, Function] | None = None) -> None:
         super().__init__()
         self.traced: dict[Function, Function] = {}
+        self.called: dict[Function, None] = {}
         if replacements is None:
             usable = {theirs: fast for theirs, fast in FAST.items() if fast.kernels.library.functions}
-            replacements = {theirs: fast.eager for theirs, fast in usable.items()}
+            replacements = {theirs: Noted(theirs, fast.eager, self.called) for theirs, fast in usable.items()}
             self.traced = {theirs: fast.traced for theirs, fast in usable.items()}
         self.replacements = dict(replacements)
 
@@ -86,6 +102,8 @@ class FunctionMode(TorchFunctionMode):
         ours = (self.traced if is_traced else self.replacements).get(func)
         if is_traced and func is Tensor.unflatten:  # which the compiler cannot trace under a mode
             return torch.unflatten(*args, **kwargs)
+        if ours is None and func in FAST and not is_traced:  # whose kernels do not run here
+            self.called[func] = None
         if ours is None and (is_traced or func not in _MADE_OF_OTHERS):
             return func(*args, **kwargs)
         if any(kind not in PLAIN for kind in types):
@@ -99,14 +117,17 @@ class FunctionMode(TorchFunctionMode):
 _MADE_OF_OTHERS = frozenset((F.multi_head_attention_forward, *BACKWARD))
 
 
-def describe_functions() -> tuple[str, ...]:
-    """Which functions are replaced on this machine, and those that are not with the reason.
+def describe_functions(called: Iterable[Function] = FAST) -> tuple[str, ...]:
+    """What runs on this machine in place of these functions: "native", or "torch: ..." and the reason; each answer once.
 
     Examples:
-        >>> describe_functions()[0].partition(":")[0]
+        >>> describe_functions([F.dropout])[0].partition(":")[0]
         'dropout'
     """
-    return tuple(f"{theirs.__name__}: {fast.kernels.describe()}" for theirs, fast in FAST.items())
+    ways: dict[str, list[str]] = {}
+    for theirs in called:
+        ways.setdefault(FAST[theirs].kernels.way, []).append(theirs.__name__)
+    return tuple(f"{', '.join(names)}: {way}" for way, names in ways.items())
 
 
 def get_routes() -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from halfstep.errors import UnsupportedError
 from halfstep.numerics import rows, updates
+from halfstep.numerics.kernels import Kernels
 from halfstep.numerics.movement import ELEMENTWISE, FORMAT_NAMES, Watch
 from halfstep.numerics.native_rows import find_rows_reason, step_rows
 from halfstep.numerics.native_steps import (
@@ -282,8 +283,8 @@ class MasterWeights:
         return open_whole(optimizer, places, parameter, gradient, truth, keys)
 
     def describe_updates(self, optimizer: Optimizer, *, narrow: bool = False) -> str:
-        """What computes an optimizer's updates: "native: ..." with the compiler, or "torch: ..." and the reason; both where it
-        differs from parameter to parameter. narrow: with states in 8 bits.
+        """What computes an optimizer's updates: "native", or "torch: ..." and the reason; both where it differs from parameter to
+        parameter. narrow: with states in 8 bits.
 
         Examples:
             >>> masters, weight = MasterWeights(), nn.Parameter(torch.ones(3))
@@ -293,7 +294,30 @@ class MasterWeights:
         reason = find_reason(optimizer) if self.fused else "fused=False"
         if reason:
             return f"torch: {reason}"
-        reasons, kernels = [], updates.KERNELS
+        surveyed = self._survey(optimizer, narrow=narrow)
+        left = [reason for _, reason in surveyed if reason]
+        named = "; ".join(dict.fromkeys(left))
+        if not left:
+            return "native"
+        if len(left) == len(surveyed):
+            return f"torch: {named}"
+        return f"native; torch for {len(left)} of {len(surveyed)} parameters: {named}"
+
+    def list_kernels(self, optimizer: Optimizer, *, narrow: bool = False) -> tuple[Kernels, ...]:
+        """Those that compute updates of an optimizer. narrow: with states in 8 bits.
+
+        Examples:
+            >>> MasterWeights().list_kernels(torch.optim.RMSprop([nn.Parameter(torch.ones(3))]))
+            ()
+        """
+        if not self.fused or find_reason(optimizer):
+            return ()
+        surveyed = self._survey(optimizer, narrow=narrow)
+        return tuple(dict.fromkeys(kernels for kernels, reason in surveyed if not reason))
+
+    def _survey(self, optimizer: Optimizer, *, narrow: bool) -> list[tuple[Kernels, str]]:
+        """The kernels for the update of each parameter, and why it is left to torch; empty where it is not."""
+        found = []
         for group in optimizer.param_groups:
             dense, sparse = find_group_reason(optimizer, group), find_rows_reason(optimizer, group)
             for p in group["params"]:
@@ -301,15 +325,8 @@ class MasterWeights:
                 reason = (sparse if by_rows else dense) or self._find_reason(p, self._truths.get(p))
                 if narrow and not reason:
                     reason = find_narrow_reason(optimizer, group, p, sparse=by_rows)
-                reasons.append(reason)
-                kernels = rows.KERNELS if by_rows else kernels
-        left = [reason for reason in reasons if reason]
-        if not left:
-            return kernels.describe()
-        named = "; ".join(dict.fromkeys(left))
-        if len(left) == len(reasons):
-            return f"torch: {named}"
-        return f"{kernels.describe()}; torch for {len(left)} of {len(reasons)} parameters: {named}"
+                found.append((rows.KERNELS if by_rows else updates.KERNELS, reason))
+        return found
 
     @staticmethod
     def _find_reason(parameter: nn.Parameter, truth: Truth | None) -> str:

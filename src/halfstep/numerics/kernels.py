@@ -100,6 +100,11 @@ class Kernels:
             return self.library.functions
         return None
 
+    @property
+    def way(self) -> str:
+        """`describe` without the compiler's command: "native", or "torch: ..." and the reason."""
+        return "native" if self.library.functions else self.describe()
+
     def describe(self) -> str:
         """What computes on this machine's processor: "native: ..." or "torch: ..." and the reason."""
         return f"{'native' if self.library.functions else 'torch'}: {self.library.why}"
@@ -213,3 +218,13 @@ def _find_fault(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str:
     if not torch.compiler.is_compiling() and tensor.is_neg():  # operators are given plain ones
         return "a lazily negated view"
     return "" if tensor.dtype in dtypes else f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def list_commands(used: Iterable[Kernels]) -> tuple[str, ...]:
+    """The commands that compiled kernels, each once; none for those that did not compile.
+
+    Examples:
+        >>> list_commands([Kernels("missing.c", {}, bool)])
+        ()
+    """
+    return tuple(dict.fromkeys(kernels.library.why for kernels in used if kernels.library.functions))

@@ -6,16 +6,9 @@ from pathlib import Path
 import jinja2
 
 from halfstep.errors import RecordError
-from halfstep.records import ArmResult, ComparisonRecord
+from halfstep.records import ArmResult, ComparisonRecord, group_layers
 from halfstep.report.charts import Line, draw_bars, draw_lines
-from halfstep.report.terminal import (
-    conclude,
-    describe_arm,
-    describe_compute,
-    describe_storage,
-    group_layers,
-    rank_harms,
-)
+from halfstep.report.terminal import conclude, describe_arm, rank_harms
 
 MEGABYTE = 2**20
 
@@ -49,7 +42,6 @@ def render_page(comparison: ComparisonRecord) -> str:
         c=c, charts=charts, colours=colours, conclusion=conclude(c), rows=[_row(a) for a in c.arms],
         harms=[(a, rank_harms(a)) for a in c.arms if a.harms],
         plans=[(a, group_layers(a.plan.layers)) for a in c.arms if a.plan],
-        describe_storage=describe_storage, describe_compute=describe_compute,
     )  # fmt: skip
 
 

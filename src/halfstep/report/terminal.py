@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from halfstep.comparison import REPAIRED
 from halfstep.machine.hardware import BUSY
-from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, LayerRecord, Measurement, PlanRecord
+from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, Measurement, PlanRecord, group_layers
 
 _COLOURS = {
     "native": "green", "emulated": "yellow", "slower": "red", "unsupported": "dim",
@@ -86,7 +85,7 @@ def show_plan(plan: PlanRecord) -> RenderableType:
     table = _table("module", "kind", "compute", "weights", ">parameters", title="Plan")
     reasons: dict[str, str] = {}
     for row in group_layers(plan.layers):
-        table.add_row(row.path, row.kind, describe_compute(row), describe_storage(row), f"{row.parameters:,}")
+        table.add_row(row.path, row.kind, row.describe_compute(), row.describe_storage(), f"{row.parameters:,}")
         if row.why and row.why != plan.why:
             reasons.setdefault(row.why, row.path)
     return Group(
@@ -94,46 +93,10 @@ def show_plan(plan: PlanRecord) -> RenderableType:
         *(Text(f"{path}: {why}") for why, path in reasons.items()),
         *([Text(f"the model: {plan.why}")] if plan.why else []),
         *(Text(f"operations in {said}") for said in plan.operations),
-        *(Text(f"fast function {said}") for said in plan.functions),
-        *(Text(f"updates by {said}") for said in plan.updates),
+        *(Text(f"fast functions: {said}") for said in plan.functions),
+        *(Text(f"updates of {said}") for said in plan.updates),
+        *(Text(f"native is compiled by {command}") for command in plan.kernels),
     )
-
-
-def describe_compute(layer: LayerRecord) -> str:
-    """Formats of products and saved activations in words, without those that follow from what was said.
-
-    Examples:
-        >>> describe_compute(LayerRecord(path="fc", kind="linear", compute="int8", storage="fp32", master="none", parameters=4,
-        ...                              grad="int8", grad_weight="bf16", scaling="row", saved="int4"))
-        'int8, grad_weight bf16, scales by row, saves int4'
-    """
-    grad = layer.grad or layer.compute
-    words = [layer.compute, f"gradient {grad}" if grad != layer.compute else ""]
-    for product in ("grad_input", "grad_weight"):
-        own = getattr(layer, product)
-        words.append(f"{product} {own}" if own and not own == grad == layer.compute else "")
-    if layer.scaling:
-        words.append("delayed scales" if layer.scaling == "delayed" else f"scales by {layer.scaling}")
-    return ", ".join(filter(None, [*words, f"saves {layer.saved}" if layer.saved else ""]))
-
-
-def describe_storage(layer: LayerRecord) -> str:
-    """Storage, master and memory format in words: "fp32", or "bf16 + split, channels_last"."""
-    stored = layer.storage if layer.storage == "fp32" else f"{layer.storage} + {layer.master}"
-    return f"{stored}, {layer.memory_format}" if layer.memory_format else stored
-
-
-def group_layers(layers: Iterable[LayerRecord]) -> list[LayerRecord]:
-    """Layers of equal settings and reason in one record each, in order, with their parameters added up."""
-    groups: dict[LayerRecord, list[LayerRecord]] = {}
-    for layer in layers:
-        groups.setdefault(replace(layer, path="", parameters=0), []).append(layer)
-    merged = []
-    for common, members in groups.items():
-        path = members[0].path or "(model)"
-        path += f" and {len(members) - 1} more" if len(members) > 1 else ""
-        merged.append(replace(common, path=path, parameters=sum(m.parameters for m in members)))
-    return merged
 
 
 def show_comparison(comparison: ComparisonRecord) -> RenderableType:

@@ -4,7 +4,7 @@ Their states follow the plan: in the precision that the optimizer sees a paramet
 and in 8 bits between the steps where the plan says so. States that are loaded are brought to the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from halfstep.mechanisms.master_weights import MasterWeights, match_states
 from halfstep.mechanisms.optimizer_states import NarrowStates
+from halfstep.numerics.kernels import Kernels
 from halfstep.records import Stall
 from halfstep.window import lay_out_like
 
@@ -79,6 +80,10 @@ class Optimizers:
             f"{type(o).__name__}: {self.masters.describe_updates(o, narrow=o in self._states)}" for o in self.all
         )
 
+    def list_kernels(self) -> tuple[Kernels, ...]:
+        """Those that compute updates."""
+        return tuple(k for o in self.all for k in self.masters.list_kernels(o, narrow=o in self._states))
+
     @contextmanager
     def widened(self) -> Iterator[None]:
         """Everything that an optimizer sees in fp32 inside the block, for one that is to be called as it is."""
@@ -129,3 +134,15 @@ class Optimizers:
 def list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters of all groups, in their order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def list_unheld(model: nn.Module, optimizers: Iterable[Optimizer]) -> tuple[str, ...]:
+    """Names of the parameters of a model that require gradients and that no optimizer holds.
+
+    Examples:
+        >>> layer = nn.Linear(1, 1)
+        >>> list_unheld(layer, [torch.optim.SGD([layer.weight], lr=0.1)])
+        ('bias',)
+    """
+    held = {parameter for optimizer in optimizers for parameter in list_parameters(optimizer)}
+    return tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in held)

@@ -1,7 +1,9 @@
 """What may be asked of a stepper beside model, optimizers and plan, and what cannot be had."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -12,13 +14,13 @@ from torch.optim.swa_utils import AveragedModel
 from halfstep.control.controller import Policy
 from halfstep.conversion import Conversion
 from halfstep.distributed import Ranks, find_ranks, is_sharded, is_wrapped
-from halfstep.errors import ModelError, PlanError, UnsupportedError, describe_unknown
+from halfstep.errors import FormatError, ModelError, PlanError, UnheldWarning, UnsupportedError, describe_unknown
 from halfstep.mechanisms.activations import SAVED_FORMATS
 from halfstep.mechanisms.master_weights import PARAMETERWISE
 from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Rule
-from halfstep.records import HardwareProfile
-from halfstep.stepping.optimizers import list_parameters
+from halfstep.records import HardwareProfile, describe_some
+from halfstep.stepping.optimizers import list_parameters, list_unheld
 from halfstep.window import SIXTEEN_BITS, Noting
 
 T = TypeVar("T")
@@ -71,8 +73,11 @@ def read_saved(format: str) -> Rule:
         >>> read_saved("int8").saved
         'int8'
     """
-    rule = Rule(saved=format)
     allowed = [*filter(None, SAVED_FORMATS), "fp32"]
+    try:
+        rule = Rule(saved=format)
+    except FormatError:
+        raise FormatError(describe_unknown("saved format", format, allowed)) from None
     if rule.saved not in allowed:
         raise PlanError(describe_unknown("saved format", format, allowed))
     return rule
@@ -108,6 +113,18 @@ def require_trainable(model: nn.Module, optimizers: tuple[Optimizer, ...], given
         raise ModelError("two optimizers hold the same parameter; give every parameter to one of them")
 
 
+def warn_of_unheld(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Warns of parameters that look as if they were trained, and that no optimizer moves."""
+    names = list_unheld(model, optimizers)
+    if names:
+        warnings.warn(
+            f"no optimizer holds {describe_some(names)}, which require gradients: they are not trained. Give them to an "
+            "optimizer, or call requires_grad_(False) on them if they are to stay as they are",
+            UnheldWarning,
+            stacklevel=3,
+        )
+
+
 def _require_plain(model: nn.Module) -> None:
     if is_wrapped(model):
         raise ModelError(
@@ -126,8 +143,11 @@ def _require_plain(model: nn.Module) -> None:
 def require_possible(options: Options, model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
     """Raises ModelError for options that do not go together, or not with this model and these optimizers."""
     accumulate, clip = options.accumulate, options.clip
-    if not isinstance(accumulate, int) or accumulate < 1 or (clip is not None and not clip > 0):
-        raise ModelError(f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate}, clip={clip}")
+    is_limit = clip is None or (isinstance(clip, Real) and clip > 0)
+    if not isinstance(accumulate, int) or accumulate < 1 or not is_limit:
+        raise ModelError(
+            f"accumulate must be at least 1 and clip above 0; got accumulate={accumulate!r}, clip={clip!r}"
+        )
     if not isinstance(options.profile, HardwareProfile | None):
         raise ModelError(f"profile takes a HardwareProfile, as probe_hardware() gives it; got {options.profile!r:.60}")
     wholesale = any(type(optimizer) not in PARAMETERWISE for optimizer in optimizers)
@@ -218,6 +238,21 @@ def require_plan(plan: Plan, drafted: Conversion, options: Options, optimizers: 
                 f"{type(optimizer).__name__} has eps={eps:g}, which is 0 in fp16, and the plan keeps no fp32 "
                 f"master; give eps >= {fp16.smallest_subnormal:.2g} (1e-4 is usual), or master=fp32 in the plan"
             )
+
+
+def require_several(given: object, kind: type[T], name: str, *, does: str) -> tuple[T, ...]:
+    """One, or the members of an iterable of several. Raises ModelError for what has no method of the name `does`.
+
+    Examples:
+        >>> require_several((), AveragedModel, "averages", does="update_parameters")
+        ()
+    """
+    taken = take_several(given, kind)
+    is_one = not isinstance(given, Iterable) or isinstance(given, nn.Module | Tensor | type)
+    odd = given if is_one and not taken else next((each for each in taken if not hasattr(each, does)), None)
+    if odd is not None:
+        raise ModelError(f"{name} takes one {kind.__name__} or several; got {type(odd).__name__}")
+    return taken
 
 
 def take_several(given: object, kind: type[T]) -> tuple[T, ...]:

@@ -6,6 +6,7 @@ the formats of saved activations.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from halfstep.distributed import is_inside_wrapper
 from halfstep.errors import ModelError, PlanError, describe_unknown
 from halfstep.machine.profiles import get_profile
 from halfstep.machine.runtime import release_memory
-from halfstep.plan import ALIASES, PRESETS, Plan
+from halfstep.plan import ALIASES, AUTO, PRESETS, Plan
 from halfstep.rehearsals import REHEARSALS
 from halfstep.stepping.optimizers import Optimizers
 from halfstep.stepping.options import Options, require_plan
@@ -85,9 +86,16 @@ class PlanInForce:
         self.conversion = convert(self._model, PRESETS["32-true"])
         self._optimizers.follow(self.conversion.masters)
 
-    def wait_for_batch(self, take: Callable[[Choice], None], budget: str = "") -> None:
+    def require_possible(self, plan: Plan) -> None:
+        """Raises what `adopt` would raise for the rules of a plan whose rest is still to be chosen."""
+        plan = self._options.complete(replace(plan, rest="fp32"))
+        with self.conversion.widened():
+            require_plan(plan, draft_conversion(self._model, plan), self._options, self._optimizers.all)
+
+    def wait_for_batch(self, take: Callable[[Choice], None], budget: str = "", given: Plan = AUTO) -> None:
         """Choose a plan when the first training batch arrives, just before the model sees it, and hand it to `take`.
 
+        given: the plan whose rest is chosen.
         budget: choose nothing but formats for saved activations that fit into it.
 
         Of several processes all take the plan of the first.
@@ -108,9 +116,9 @@ class PlanInForce:
                 )
             self.stop_waiting()
             try:
-                choice = self._fit_saved(budget, args, kwargs) if budget else self._choose(args, kwargs)
+                choice = self._fit_saved(budget, args, kwargs) if budget else self._choose(given, args, kwargs)
             except Exception:
-                self.wait_for_batch(take, budget)
+                self.wait_for_batch(take, budget, given)
                 raise
             plan = self._options.find_ranks().gather(str(choice.plan))[0]
             take(replace(choice, plan=Plan.parse(plan)))
@@ -118,9 +126,9 @@ class PlanInForce:
         self.stop_waiting()
         self._waiting, self.budget = self._model.register_forward_pre_hook(choose, with_kwargs=True), budget
 
-    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+    def _choose(self, given: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
         profile = self._options.profile or get_profile(self.conversion.device_type)
-        return choose_plan(self._model, args, kwargs, profile=profile)
+        return choose_plan(self._model, args, kwargs, profile=profile, given=given)
 
     def _fit_saved(self, budget: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
         """Measured under the plan that is in force; scales that follow a history are as before it."""
@@ -153,18 +161,23 @@ class PlanInForce:
             )
 
 
-def read_plan(plan: Plan | str) -> Plan:
+def read_plan(plan: Plan | str | Path) -> Plan:
     """A plan from whatever names one: a Plan, the name of a preset or of a rehearsal, a plan's text, or a plan file."""
-    from pathlib import Path
-
     if isinstance(plan, Plan):
         return plan
+    if isinstance(plan, Path):
+        return Plan.load(plan)
     if not isinstance(plan, str):
-        raise PlanError(f"a plan is a Plan, the name of a precision, or a path; got {plan!r:.60}")
+        raise PlanError(
+            f"a plan is a Plan, the name of a precision, a plan's text, or the path of a plan file; got {plan!r:.60}"
+        )
     if plan.endswith((".toml", ".json", ".plan")):
         return Plan.load(Path(plan))
+    if plan == "auto":
+        return AUTO
     if plan in REHEARSALS:
         return REHEARSALS[plan].plan
-    if "=" not in plan and plan not in ("auto", *PRESETS, *ALIASES):
-        raise PlanError(describe_unknown("precision", plan, ["auto", *PRESETS, *ALIASES, *REHEARSALS]))
+    if "=" not in plan and plan not in (*PRESETS, *ALIASES):
+        unknown = describe_unknown("precision", plan, ["auto", *PRESETS, *ALIASES, *REHEARSALS])
+        raise PlanError(f"{unknown}, or a plan file, whose name ends in .toml, .json or .plan")
     return Plan.parse(plan)
