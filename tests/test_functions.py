@@ -158,7 +158,7 @@ def test_the_record_names_the_functions_that_were_called_and_each_command_once(p
         loss = F.cross_entropy(stepper.model(torch.ones(2, 4)), torch.zeros(2, dtype=torch.int64))
     stepper.step(loss)
     record = stepper.plan_record
-    assert record.functions[: len(describe_functions())] == describe_functions([F.dropout, F.cross_entropy])
+    assert record.functions[:1] == describe_functions([F.dropout, F.cross_entropy])
     assert "scaled_dot_product_attention" not in " ".join(record.functions)
     assert len(record.kernels) == len(set(record.kernels))
     assert not any(command in said for command in record.kernels for said in (*record.functions, *record.updates))
@@ -325,7 +325,8 @@ def test_ways_of_attention_in_other_words_are_warned_of_and_left_out() -> None:
     known, other = saved[0], saved[0] | {"queries": 7777}
     scaled_attention.ROUTES.clear()
     with pytest.warns(
-        PrecisionWarning, match="3 of the ways of attention .* timed again: load the state with that version"
+        PrecisionWarning,
+        match="3 of the ways of attention and convolutions .* timed again: load the state with that version",
     ):
         put_back_routes([known, other | {"heads": 2}, {"route": "torch"}, other | {"route": "abacus"}])
     assert len(scaled_attention.ROUTES) == 1

@@ -411,7 +411,7 @@ class Stepper:
     def _note_kernels(self) -> None:
         """Say in the record which fast functions were called, and what compiled all that is native."""
         if self.plan_record is not None:
-            called = (FAST[function].kernels for function in self.conversion.called_functions)
+            called = (k for function in self.conversion.called_functions if (k := FAST[function].kernels))
             found = replace(
                 self.plan_record, functions=self.conversion.describe_functions(),
                 kernels=list_commands((*called, *self._optimizers.list_kernels())),

@@ -10,6 +10,8 @@ from functools import partial
 
 import torch
 
+from halfstep.numerics import patches
+from halfstep.numerics.patches import Window, find_weight_gradient
 from halfstep.records import Measurement
 
 DTYPES: dict[str, torch.dtype] = {
@@ -53,15 +55,18 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+Calls = dict[str, list[Callable[[], object]]]  # product -> the ways to compute it, of which a layer takes the fastest
+
+
+def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Calls:
     m, k, n = shape
     x, w, g = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (m, n)))
-    return {"output": lambda: x @ w.t(), "grad_input": lambda: g @ w, "grad_weight": lambda: g.t() @ x}
+    return {"output": [lambda: x @ w.t()], "grad_input": [lambda: g @ w], "grad_weight": [lambda: g.t() @ x]}
 
 
 def _conv_calls(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, order: torch.memory_format = torch.contiguous_format
-) -> dict[str, Callable[[], object]]:
+) -> Calls:
     batch, inputs, outputs, height, width, kernel, stride, groups = shape
     x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
     w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
@@ -77,14 +82,19 @@ def _conv_calls(
             g, x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], groups, wanted
         )
 
+    def by_patches() -> torch.Tensor:
+        return find_weight_gradient(g, x, w, Window((stride, stride), (kernel // 2, kernel // 2), (1, 1)))
+
+    torchs = backward([False, True, False])
+    is_routed = device == "cpu" and groups == 1 and dtype in patches.DTYPES
     return {
-        "output": forward,
-        "grad_input": backward([True, False, False]),
-        "grad_weight": backward([False, True, False]),
+        "output": [forward],
+        "grad_input": [backward([True, False, False])],
+        "grad_weight": [torchs, by_patches] if is_routed else [torchs],
     }
 
 
-PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], dict[str, Callable[[], object]]]] = {
+PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Calls]] = {
     "matmul": _matmul_calls,
     "conv2d": _conv_calls,
     "conv2d, channels_last": partial(_conv_calls, order=torch.channels_last),
@@ -105,8 +115,8 @@ def time_products(operation: str, shape: tuple[int, ...], format: str, watch: St
     calls = PRODUCTS[operation](shape, DTYPES[format], watch.device)
     work = count_operations(operation, shape)
     measured = []
-    for product, call in calls.items():
-        ms = watch.time(call)
+    for product, ways in calls.items():
+        ms = min(watch.time(call) for call in ways)
         measured.append(
             Measurement(operation=operation, product=product, format=format, shape=shape,
                         milliseconds=ms, rate=work / ms / 1e6)

@@ -5,6 +5,8 @@
                                     each way
     scaled_dot_product_attention    torch leaves its fast way where there is dropout, and is slow for short sequences; here it
                                     is two batched products and a pass between them, where that was timed to be faster
+    conv2d                          torch computes the gradient of a weight without making patches of the images; here it is one
+                                    product of patches, where that was timed to be faster
 
 Each has torch's signature and hands over to torch's own where it does not apply; the modules of numerics say where. What they
 compute is the same up to rounding, except that dropout draws other numbers from the same seed. `Plan.functions` decides
@@ -28,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import PrecisionWarning
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts, losses, scaled_attention, traced
+from halfstep.numerics import dropouts, losses, patches, scaled_attention, traced
 from halfstep.numerics.kernels import PLAIN, Kernels
 
 Function = Callable[..., Any]
@@ -36,11 +38,23 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Fast:
-    """What takes a function's place, what does in compiled code, and the kernels without which that is no gain."""
+    """What takes a function's place, what does in compiled code, and the kernels without which that is no gain.
+
+    traced: None where compiled code keeps torch's. kernels: None where it is made of torch's own functions.
+    """
 
     eager: Function
-    traced: Function
-    kernels: Kernels
+    traced: Function | None
+    kernels: Kernels | None
+
+    @property
+    def is_usable(self) -> bool:
+        return self.kernels is None or self.kernels.library.functions is not None
+
+    @property
+    def way(self) -> str:
+        """What computes: "native", or "torch: ..."."""
+        return "torch, in the way that is faster for each shape" if self.kernels is None else self.kernels.way
 
 
 FAST: Mapping[Function, Fast] = {
@@ -51,6 +65,7 @@ FAST: Mapping[Function, Fast] = {
         traced.scaled_dot_product_attention,
         scaled_attention.KERNELS,
     ),
+    F.conv2d: Fast(patches.conv2d, None, None),
 }
 """torch function -> what takes its place."""
 
@@ -89,9 +104,9 @@ class FunctionMode(TorchFunctionMode):
         self.traced: dict[Function, Function] = {}
         self.called: dict[Function, None] = {}
         if replacements is None:
-            usable = {theirs: fast for theirs, fast in FAST.items() if fast.kernels.library.functions}
+            usable = {theirs: fast for theirs, fast in FAST.items() if fast.is_usable}
             replacements = {theirs: Noted(theirs, fast.eager, self.called) for theirs, fast in usable.items()}
-            self.traced = {theirs: fast.traced for theirs, fast in usable.items()}
+            self.traced = {theirs: fast.traced for theirs, fast in usable.items() if fast.traced}
         self.replacements = dict(replacements)
 
     def __torch_function__(
@@ -126,7 +141,7 @@ def describe_functions(called: Iterable[Function] = FAST) -> tuple[str, ...]:
     """
     ways: dict[str, list[str]] = {}
     for theirs in called:
-        ways.setdefault(FAST[theirs].kernels.way, []).append(theirs.__name__)
+        ways.setdefault(FAST[theirs].way, []).append(theirs.__name__)
     return tuple(f"{', '.join(names)}: {way}" for way, names in ways.items())
 
 
@@ -136,7 +151,7 @@ def get_routes() -> list[dict[str, Any]]:
     Examples:
         >>> put_back_routes(get_routes())
     """
-    return [asdict(shape) | {"route": route} for shape, route in scaled_attention.ROUTES.items()]
+    return [asdict(shape) | {"route": route} for routed in _ROUTED for shape, route in routed.ROUTES.items()]
 
 
 def put_back_routes(saved: Iterable[Mapping[str, Any]]) -> None:
@@ -144,18 +159,25 @@ def put_back_routes(saved: Iterable[Mapping[str, Any]]) -> None:
 
     Warns of what another version has saved in other words: to train on is worth more than to repeat its roundings.
     """
-    keys, unknown = {field.name for field in fields(scaled_attention.Shape)}, 0
+    kinds = {frozenset(field.name for field in fields(routed.Shape)): routed for routed in _ROUTED}
+    unknown = 0
     for values in saved:
         shape = {key: value for key, value in values.items() if key != "route"}
-        if shape.keys() == keys and values.get("route") in get_args(scaled_attention.Route):
-            scaled_attention.ROUTES[scaled_attention.Shape(**shape)] = values["route"]
+        routed = kinds.get(frozenset(shape))
+        if routed and values.get("route") in get_args(routed.Route):
+            routed.ROUTES[routed.Shape(**shape)] = values["route"]
         else:
             unknown += 1
     if unknown:
         warnings.warn(
-            f"{unknown} of the ways of attention in the saved state are described by other keys than route and "
-            f"{', '.join(sorted(keys))}, as another version of halfstep does it; they are timed again: load the state with "
-            "that version to go on bit for bit",
+            f"{unknown} of the ways of attention and convolutions in the saved state are described in other words than here, as "
+            "another version of halfstep does it; they are timed again: load the state with that version to go on bit for bit",
             PrecisionWarning,
             stacklevel=3,
         )
+
+
+_ROUTED: tuple[Any, ...] = (
+    scaled_attention,
+    patches,
+)  # modules with a Shape, a Route, and ROUTES from the one to the other

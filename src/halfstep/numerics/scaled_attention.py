@@ -27,7 +27,6 @@ pass; Milakov and Gimelshein 2018 (arXiv 1805.02867): a softmax in few reads.
 
 import ctypes
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,12 +40,12 @@ from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
 from halfstep.numerics.kernels import COUNT, FLOAT, INT, PLAIN, POINTER, WORD, Kernels, find_obstacle, hold_constant
 from halfstep.numerics.noise import draw_noise
 from halfstep.numerics.packing import mark_activations
+from halfstep.numerics.routes import measure_route
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}  # of masks, as in scaled_attention.c
 MOST_KEYS = 16384
 MOST_BYTES = 1 << 30  # of weights that are kept where torch would keep none
-ROUNDS = 3
 
 Route = Literal["kernel", "torch"]
 
@@ -251,26 +250,20 @@ def find_route(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, r
     shape = describe_shape(query, key, value, mask, rule.causal)
     if shape not in ROUTES:
         q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
-        ways: dict[Route, Callable[[], Tensor]] = {
-            "kernel": lambda: _Attention.apply(q, k, v, mask, rule),
-            "torch": lambda: F.scaled_dot_product_attention(q, k, v, mask, 0.0, rule.causal, scale=rule.scale),
+
+        def go(way: Callable[[], Tensor]) -> None:
+            out = way()
+            torch.autograd.grad(out, (q, k, v), out.detach())
+
+        ways: dict[Route, Callable[[], None]] = {
+            "kernel": lambda: go(lambda: _Attention.apply(q, k, v, mask, rule)),
+            "torch": lambda: go(
+                lambda: F.scaled_dot_product_attention(q, k, v, mask, 0.0, rule.causal, scale=rule.scale)
+            ),
         }
-        ROUTES[shape] = _measure_route(ways, (q, k, v))
+        seconds = measure_route(ways)
+        ROUTES[shape] = min(ways, key=lambda way: seconds[way])
     return ROUTES[shape]
-
-
-def _measure_route(ways: dict[Route, Callable[[], Tensor]], leaves: tuple[Tensor, ...]) -> Route:
-    """The fastest of a few rounds, by turns; what is saved meanwhile is no business of the caller's hooks."""
-    seconds: dict[Route, list[float]] = {name: [] for name in ways}
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with hooks, torch.enable_grad(), torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction():
-        for _ in range(ROUNDS + 1):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                out = way()
-                torch.autograd.grad(out, leaves, out.detach())
-                seconds[name].append(time.perf_counter() - start)
-    return min(ways, key=lambda name: min(seconds[name][1:]))
 
 
 class _Attention(torch.autograd.Function):

@@ -1,0 +1,219 @@
+"""Convolutions whose weight's gradient is one product of patches, where that is faster than torch's kernel.
+
+    patches[n, i, j, u, v, c]  = x[n, c, stride * i + dilation * u - padding, stride * j + dilation * v - padding], 0 outside of x
+    grad_weight[o, u, v, c]    = sum over n, i, j of grad_output[n, o, i, j] * patches[n, i, j, u, v, c]
+
+Output and grad_input are torch's. oneDNN, which torch calls on a processor, computes the gradient of the weight without making
+patches; where images are small and a unit for products is fast (AMX) that takes up to nine times as long as making them and
+one large product (docs/experiments.md). Elsewhere it is the faster way. So both are timed, once for every shape and with the
+tensors of the first call, and ROUTES remembers where patches won by over 10 %. Both round the same sums, taken in another order:
+put back ROUTES of a run (`ROUTES.update`) to repeat it bit for bit.
+
+Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfstep.numerics.kernels import PLAIN, find_obstacle
+from halfstep.numerics.routes import measure_route
+
+DTYPES = (torch.float32, torch.bfloat16)
+LEAST_WORK = 1 << 28  # operations of one product; below, calls take as long as arithmetic
+MOST_BYTES = 1 << 27  # of patches, which torch's way does not make
+GAIN = 0.9  # of torch's time, below which patches are taken
+
+Route = Literal["patches", "torch"]
+Pair = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """How a kernel moves over an image: down and across."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the time of one call depends on."""
+
+    images: str  # batch x channels x height x width
+    weight: str
+    window: str
+    dtype: str
+    order: str  # of the images in memory
+    threads: int
+
+
+ROUTES: dict[Shape, Route] = {}
+
+
+def make_patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
+    """[N, C, H, W] -> [N * rows * columns, kernel * kernel * C], in the dtype of x.
+
+    Examples:
+        >>> x = torch.arange(9.0).view(1, 1, 3, 3)
+        >>> make_patches(x, (2, 2), Window((1, 1), (0, 0), (1, 1))).tolist()[0]
+        [0.0, 1.0, 3.0, 4.0]
+    """
+    (stride, padding, dilation), (batch, channels, height, width) = window, x.shape
+    rows, columns = _count_places(x.shape, kernel, window)
+    images = x.permute(0, 2, 3, 1)
+    if kernel == stride == (1, 1) and padding == (0, 0):
+        return images.reshape(-1, channels)
+    padded = x.new_zeros(batch, height + 2 * padding[0], width + 2 * padding[1], channels)
+    padded[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = images
+    image, row, column, _ = padded.stride()
+    return padded.as_strided(
+        (batch, rows, columns, *kernel, channels),
+        (image, stride[0] * row, stride[1] * column, dilation[0] * row, dilation[1] * column, 1),
+    ).reshape(batch * rows * columns, -1)
+
+
+def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """The gradient of a weight [O, C, kernel, kernel], in its order of memory, from that of the output [N, O, rows, columns].
+
+    Examples:
+        >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
+        >>> find_weight_gradient(torch.ones(1, 1, 2, 2), x, w, Window((1, 1), (0, 0), (1, 1))).flatten().tolist()
+        [4.0, 4.0, 4.0, 4.0]
+    """
+    outputs, channels, *kernel = weight.shape
+    patches = make_patches(x, (kernel[0], kernel[1]), window)
+    rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
+    found = (rows.mT @ patches).view(outputs, *kernel, channels).permute(0, 3, 1, 2)
+    return found.contiguous() if weight.is_contiguous() else found
+
+
+def explain_conv2d(
+    input: Tensor, weight: Tensor, padding: int | str | Sequence[int] = 0, groups: int = 1,
+) -> str:  # fmt: skip
+    """Why `conv2d` leaves such calls to torch's own function; "" where both ways are timed.
+
+    Examples:
+        >>> explain_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+        'no gradient of the weight'
+    """
+    if obstacle := find_obstacle(input, weight, dtypes=DTYPES):
+        return obstacle
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return "no gradient of the weight"
+    if groups != 1 or isinstance(padding, str) or input.dim() != 4 or weight.dim() != 4:
+        return "groups, a padding in words, or images without a batch"
+    return ""
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0, dilation: int | Sequence[int] = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """`torch.nn.functional.conv2d`: [N, C, H, W], [O, C / groups, kernel, kernel], [O] -> [N, O, rows, columns].
+
+    In fp32 and bf16 on a processor; under autocast all are cast to its dtype. What is left to torch: groups, `padding` in
+    words, calls without a gradient of the weight, and shapes for which patches are too large or not faster.
+
+    Examples:
+        >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).flatten().tolist()
+        [4.0, 4.0, 4.0, 4.0]
+    """
+    if explain_conv2d(input, weight, padding, groups):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    window = Window(_pair(stride), _pair(padding), _pair(dilation))
+    is_cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
+    if (
+        dtype not in DTYPES
+        or not (is_cast or weight.dtype == dtype)
+        or find_route(input, weight, window, dtype) == "torch"
+    ):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    x, w, b = (t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
+    result: Tensor = _Convolution.apply(x, w, b, window)
+    return result
+
+
+def _pair(value: Any) -> Pair:
+    down, across = (value, value) if isinstance(value, int) else value if len(value) == 2 else (*value, *value)
+    return int(down), int(across)
+
+
+def _count_places(images: Sequence[int], kernel: Sequence[int], window: Window) -> Pair:
+    rows, columns = (
+        (size + 2 * padding - dilation * (edge - 1) - 1) // stride + 1
+        for size, edge, stride, padding, dilation in zip(images[2:], kernel, *window, strict=True)
+    )
+    return rows, columns
+
+
+def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) -> Route:
+    """Which way was faster when this shape was first seen; torch's, untimed, where there is little to compute or much to keep.
+
+    Examples:
+        >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
+        'torch'
+    """
+    outputs, channels, *kernel = weight.shape
+    places = x.shape[0] * math.prod(_count_places(x.shape, kernel, window))
+    numbers = places * channels * math.prod(kernel)
+    if 2 * numbers * outputs < LEAST_WORK or numbers * dtype.itemsize > MOST_BYTES:
+        return "torch"
+    order = "contiguous" if x.is_contiguous() else "channels_last"
+    shape = Shape(
+        "x".join(map(str, x.shape)), "x".join(map(str, weight.shape)), " ".join(f"{a}x{b}" for a, b in window),
+        str(dtype).removeprefix("torch."), order, torch.get_num_threads(),
+    )  # fmt: skip
+    if shape not in ROUTES:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            images, filters = x.detach().to(dtype), weight.detach().to(dtype)
+            gradient = _convolve(images, filters, None, window)
+            seconds = measure_route({
+                "patches": lambda: find_weight_gradient(gradient, images, filters, window),
+                "torch": lambda: _convolve_backward(gradient, images, filters, window, [False, True, False]),
+            })  # fmt: skip
+        ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
+    return ROUTES[shape]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    return torch.ops.aten.convolution(x, weight, bias, *window, False, (0, 0), 1)  # type: ignore[no-any-return]
+
+
+def _convolve_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, window: Window, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, by torch."""
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        gradient, x, weight, weight.shape[:1], *window, False, (0, 0), 1, wanted
+    )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.window = window
+        with torch.autocast("cpu", enabled=False):
+            return _convolve(x, weight, bias, window)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        is_plain = type(gradient) in PLAIN and not torch._C._are_functorch_transforms_active()
+        by_patches = wanted[1] and is_plain and not torch.is_grad_enabled()  # torch's way has second derivatives
+        with torch.autocast("cpu", enabled=False):
+            if not by_patches:
+                return *_convolve_backward(gradient, x, weight, ctx.window, wanted), None
+            (x_gradient, *_) = _convolve_backward(gradient, x, weight, ctx.window, [wanted[0], False, False])
+            bias_gradient = (
+                gradient.sum((0, 2, 3)) if wanted[2] else None
+            )  # torch's would compute that of the weight too
+            return x_gradient, find_weight_gradient(gradient, x, weight, ctx.window), bias_gradient, None

@@ -1,0 +1,229 @@
+"""Weight gradients of convolutions by products of patches: beside fp64, beside torch's own, and where which way is taken."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from halfstep.mechanisms.functions import FunctionMode, get_routes, put_back_routes
+from halfstep.numerics import patches
+from halfstep.numerics.patches import (
+    ROUTES,
+    Window,
+    conv2d,
+    explain_conv2d,
+    find_route,
+    find_weight_gradient,
+    make_patches,
+)
+from helpers import seeded
+
+pytestmark = pytest.mark.usefixtures("fresh_routes")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}  # of the largest number
+
+
+@pytest.fixture
+def fresh_routes() -> Iterator[None]:
+    ROUTES.clear()
+    yield
+    ROUTES.clear()
+
+
+@pytest.fixture
+def by_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape, however small, takes patches."""
+    monkeypatch.setattr(patches, "LEAST_WORK", 0)
+    monkeypatch.setattr(patches, "measure_route", lambda _: {"patches": 0.0, "torch": 1.0})
+
+
+def make_inputs(
+    dtype: torch.dtype = torch.float32, *, size: int = 7, channels: int = 3, outputs: int = 5, kernel: int = 3,
+    order: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with seeded(0):
+        x, w = torch.randn(2, channels, size, size + 1), torch.randn(outputs, channels, kernel, kernel)
+        b = torch.randn(outputs)
+    x, w = (t.to(dtype, memory_format=order).requires_grad_() for t in (x, w))
+    return x, w, b.to(dtype).requires_grad_()
+
+
+def differentiate(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
+    out = function(*inputs, **options)
+    with seeded(1):
+        gradient = torch.randn(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [t for t in inputs if t.requires_grad], gradient)]
+
+
+def require_close(found: Tensor, right: Tensor) -> None:
+    error = (found.double() - right.double()).abs().max() / right.double().abs().max()
+    assert error <= TOLERANCE[found.dtype]
+    assert found.shape == right.shape
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(4, 8), channels=st.integers(1, 4), outputs=st.integers(1, 4), kernel=st.integers(1, 3),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.integers(1, 2), order=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)  # fmt: skip
+def test_the_gradient_of_a_weight_is_that_of_autograd(
+    size: int,
+    channels: int,
+    outputs: int,
+    kernel: int,
+    stride: Any,
+    padding: Any,
+    dilation: int,
+    order: torch.memory_format,
+) -> None:
+    if dilation * (kernel - 1) + 1 > size:
+        return
+    x, w, _ = make_inputs(torch.float64, size=size, channels=channels, outputs=outputs, kernel=kernel, order=order)
+    options = {"stride": stride, "padding": padding, "dilation": (dilation, dilation)}
+    out = F.conv2d(x, w, None, **options)
+    with seeded(2):
+        g = torch.randn(out.shape, dtype=out.dtype)
+    (right,) = torch.autograd.grad(out, w, g)
+    found = find_weight_gradient(g, x.detach(), w.detach(), Window(stride, padding, (dilation, dilation)))
+    require_close(found, right)
+    assert found.is_contiguous() or not w.is_contiguous()
+
+
+def test_patches_are_those_of_unfold() -> None:
+    x = make_inputs()[0].detach()
+    window = Window((2, 1), (1, 2), (1, 2))
+    right = F.unfold(x, 3, dilation=(1, 2), padding=(1, 2), stride=(2, 1))  # [N, C * kernel, places]
+    found = make_patches(x, (3, 3), window).view(2, -1, 9, 3)
+    assert torch.equal(found, right.view(2, 3, 9, -1).permute(0, 3, 2, 1))
+
+
+@pytest.mark.usefixtures("by_patches")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 1}, {"stride": 2, "padding": (1, 0)}, {"dilation": (2, 1)}, {"stride": [2], "padding": [1]}],
+)
+def test_output_and_gradients_are_those_of_torch(
+    dtype: torch.dtype, order: torch.memory_format, options: dict[str, Any]
+) -> None:
+    inputs = make_inputs(dtype, order=order)
+    found, right = differentiate(conv2d, inputs, **options), differentiate(F.conv2d, inputs, **options)
+    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    assert found[2].stride() == inputs[1].stride()
+    wide = differentiate(F.conv2d, tuple(t.detach().double().requires_grad_() for t in inputs), **options)
+    for mine, exact in zip(found[2:], wide[2:], strict=True):
+        require_close(mine, exact)
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_a_batch_or_a_bias_without_a_gradient_gets_none() -> None:
+    x, w, b = make_inputs()
+    out, grad = differentiate(conv2d, (x.detach(), w, b.detach()))
+    assert "_Convolution" in type(out.grad_fn).__name__
+    require_close(grad, differentiate(F.conv2d, (x.detach(), w, b.detach()))[1])
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_under_autocast_all_are_cast_and_weights_keep_their_gradient() -> None:
+    inputs = make_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv2d(*inputs)
+    assert out.dtype == torch.bfloat16 and "_Convolution" in type(out.grad_fn).__name__
+    grads = torch.autograd.grad(out.float().square().sum(), inputs)
+    assert all(g.dtype == torch.float32 for g in grads)
+    with torch.autocast("cpu", torch.float16):
+        assert "_Convolution" not in type(conv2d(*inputs).grad_fn).__name__
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_second_derivatives_are_torchs() -> None:
+    inputs = make_inputs(torch.float32)
+
+    def penalise(function: Callable[..., Tensor]) -> list[Tensor]:
+        (first,) = torch.autograd.grad(function(*inputs, padding=1).square().sum(), inputs[0], create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), inputs[:2]))
+
+    for found, right in zip(penalise(conv2d), penalise(F.conv2d), strict=True):
+        require_close(found, right)
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_a_layer_in_the_block_goes_by_patches_and_a_checkpointed_one_too() -> None:
+    layer, x = nn.Conv2d(3, 5, 3), make_inputs()[0]
+    with FunctionMode() as mode:
+        out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        assert list(mode.called) == [F.conv2d]
+        out.sum().backward()
+    by_mode, layer.weight.grad = layer.weight.grad, None
+    layer(x).sum().backward()
+    assert by_mode is not None and layer.weight.grad is not None
+    require_close(by_mode, layer.weight.grad)
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_what_is_left_to_torch_says_why() -> None:
+    x, w, b = make_inputs()
+    assert explain_conv2d(x, w) == ""
+    assert explain_conv2d(x, w.detach()) == "no gradient of the weight"
+    assert explain_conv2d(x.double(), w) == "dtype float64"
+    for args, options in (((x, w), {"padding": "same"}), ((x[0], w), {}), ((x[:, :1], w[:, :1]), {"groups": 1})):
+        assert torch.equal(conv2d(*args, **options), F.conv2d(*args, **options))
+    with torch.no_grad():
+        assert torch.equal(conv2d(x, w, b), F.conv2d(x, w, b))
+    with pytest.raises(RuntimeError, match="same"):
+        conv2d(x, w.to(torch.bfloat16))
+
+
+class TestRoutes:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patches, "LEAST_WORK", 0)
+
+    @pytest.mark.parametrize(("ratio", "route"), [(0.5, "patches"), (0.95, "torch"), (2.0, "torch")])
+    def test_patches_are_taken_where_they_win_clearly(
+        self, monkeypatch: pytest.MonkeyPatch, ratio: float, route: str
+    ) -> None:
+        calls = itertools.count()
+
+        def measure(ways: Any) -> dict[str, float]:
+            next(calls)
+            for way in ways.values():
+                way()
+            return {"patches": ratio, "torch": 1.0}
+
+        monkeypatch.setattr(patches, "measure_route", measure)
+        for _ in range(2):
+            out = conv2d(*make_inputs())
+        assert list(ROUTES.values()) == [route] and next(calls) == 1
+        assert ("_Convolution" in type(out.grad_fn).__name__) == (route == "patches")
+
+    def test_timing_is_real_and_leaves_no_trace(self) -> None:
+        inputs = make_inputs()
+        conv2d(*inputs)
+        assert len(ROUTES) == 1 and all(t.grad is None for t in inputs)
+
+    def test_little_work_and_large_patches_are_torchs_untimed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, w, _ = make_inputs()
+        window = Window((1, 1), (0, 0), (1, 1))
+        monkeypatch.setattr(patches, "MOST_BYTES", 2 * 5 * 6 * 27 * 4 - 1)
+        assert find_route(x, w, window, torch.float32) == "torch" and not ROUTES
+        monkeypatch.setattr(patches, "MOST_BYTES", 2 * 5 * 6 * 27 * 4)
+        monkeypatch.setattr(patches, "LEAST_WORK", 2 * 2 * 5 * 6 * 27 * 5 + 1)
+        assert find_route(x, w, window, torch.float32) == "torch" and not ROUTES
+        monkeypatch.setattr(patches, "LEAST_WORK", 2 * 2 * 5 * 6 * 27 * 5)
+        find_route(x, w, window, torch.float32)
+        assert len(ROUTES) == 1
+
+    def test_routes_are_saved_and_put_back(self) -> None:
+        conv2d(*make_inputs())
+        saved, before = get_routes(), dict(ROUTES)
+        ROUTES.clear()
+        put_back_routes(saved)
+        assert before == ROUTES
