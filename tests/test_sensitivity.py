@@ -404,6 +404,20 @@ def test_given_rules_say_all_of_the_weights_or_nothing(
         assert (table.compute, table.storage) == ("fp32", "fp32")
 
 
+@pytest.mark.parametrize("rule", ["path=head compute=fp32", "kind=embedding storage=fp32"])
+@pytest.mark.parametrize("trial", [(2.0, 1.0), (1.0, 2.0)], ids=["wins", "loses"])
+def test_weights_that_are_shared_with_those_of_a_given_rule_follow_it(
+    monkeypatch: pytest.MonkeyPatch, rule: str, trial: tuple[float, float]
+) -> None:
+    pretend_times(monkeypatch, bf16_is_faster, trial=trial)
+    model, given = TiedModel(), Plan.parse(f"rest=auto\n{rule}")
+    plan = choose_plan(model, (torch.randint(11, (4, 3)),), profile=make_profile("native"), given=given).plan
+    with convert(model, plan) as conversion:
+        layers = {layer.path: layer for layer in conversion.describe()}
+    assert [layers[path].storage for path in ("embedding", "head")] == ["fp32", "fp32"]
+    assert layers["body"].storage == ("bf16" if trial[0] > trial[1] else "fp32")
+
+
 def test_a_plan_whose_rest_is_open_is_not_converted() -> None:
     with pytest.raises(PlanError, match="rest=auto is chosen by timing a batch"):
         convert(make_mlp(), Plan(rest="auto"))

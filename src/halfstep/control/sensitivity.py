@@ -225,8 +225,9 @@ def choose_plan(
 ) -> Choice:  # fmt: skip
     """The plan that "auto" means for this model, fed with this batch, on the machine of this profile.
 
-    given: a plan whose rules stand before the chosen ones. Layers of which they state `compute` are not timed, and weights of
-        which they state something are what such a plan makes of them by itself: fp32 where no rule says otherwise.
+    given: a plan whose rules stand before the chosen ones. Layers of which they state `compute` are not timed. Weights of which
+        they state something are what such a plan makes of them by itself, fp32 where no rule says otherwise; so are
+        weights in other modules that share them.
 
     Examples:
         >>> from halfstep.machine.hardware import probe_hardware
@@ -235,7 +236,7 @@ def choose_plan(
         'fp32'
     """
     start, kwargs = time.perf_counter(), kwargs or {}
-    fast, own = _list_candidates(profile), _state_weights(given)
+    fast, own = _list_candidates(profile), _state_weights(model, given)
 
     def complete(found: Plan) -> Plan:
         """What was found, behind what was given."""
@@ -274,16 +275,42 @@ def choose_plan(
     return Choice(plan=plan, why=why, seconds=time.perf_counter() - start)
 
 
-def _state_weights(given: Plan) -> tuple[Rule, ...]:
+def _state_weights(model: nn.Module, given: Plan) -> tuple[Rule, ...]:
     """The rules of a plan, and those that keep fp32 weights where one of them says something of weights and not all: what is
-    chosen behind them must not store in bf16 what they compute in fp32."""
+    chosen behind them must not store in bf16 what they compute in fp32, nor what shares its weights with that."""
     about_weights = [rule for rule in given.rules if rule.compute or rule.storage or rule.master]
     kept = (
         Rule(path=rule.path, kind=rule.kind, position=rule.position, storage="fp32", master="none")
         for rule in about_weights
         if not (rule.storage and rule.master)
     )
-    return (*given.rules, *dict.fromkeys(kept))
+    own = (*given.rules, *dict.fromkeys(kept))
+    return (*own, *_state_shared_weights(model, Plan(rules=own)))
+
+
+def _state_shared_weights(model: nn.Module, plan: Plan) -> list[Rule]:
+    """Rules that store weights as modules do that share them and of which the plan says it."""
+    stated, rules = _list_stated(model, plan, "storage"), {}
+    table = dict(plan.resolve({path: find_kind(module) for path, module in model.named_modules()}).table)
+    shared = _list_shared(model)
+    for paths in shared * len(shared):  # as often, because sharing can form chains
+        first = next((path for path in paths if path in stated), None)
+        for path in paths:
+            if first is not None and path not in stated:
+                storage, master = table[first].storage, table[first].master
+                rules[path] = Rule(path=path, storage=storage, master=master, why=f"shares a weight with {first}")
+                table[path] = replace(table[path], storage=storage, master=master)
+                stated.add(path)
+    return list(rules.values())
+
+
+def _list_shared(model: nn.Module) -> list[list[str]]:
+    """Of every parameter that several modules share, their paths."""
+    sharing: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            sharing.setdefault(parameter, []).append(path)
+    return [paths for paths in sharing.values() if len(paths) > 1]
 
 
 def _list_stated(model: nn.Module, plan: Plan, setting: str) -> set[str]:
@@ -392,14 +419,10 @@ def _explain_table(table: nn.Module, in_one_pass: bool) -> str:
 
 def _follow_ties(model: nn.Module, plan: Plan) -> Plan:
     """Modules that share a parameter get the same formats: fp32 where one of the layers among them stays fp32."""
-    sharing: dict[nn.Parameter, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            sharing.setdefault(parameter, []).append(path)
-    rules = {rule.path: rule for rule in plan.rules if rule.names_a_path}
-    for paths in [*sharing.values()] * len(sharing):  # as often, because sharing can form chains
+    rules, shared = {rule.path: rule for rule in plan.rules if rule.names_a_path}, _list_shared(model)
+    for paths in shared * len(shared):  # as often, because sharing can form chains
         ruled = [rules[path] for path in paths if path in rules]
-        if len(paths) > 1 and ruled:
+        if ruled:
             widest = next((rule for rule in ruled if rule.compute == "fp32"), ruled[0])
             for path in paths:
                 others = ", ".join(other for other in paths if other != path)
