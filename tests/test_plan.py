@@ -538,6 +538,7 @@ def test_the_rest_of_a_plan_round_trips_and_is_auto_or_fp32() -> None:
 
 def test_rules_are_a_tuple_of_rules() -> None:
     rule = Rule(compute="bf16")
+    assert Plan(rules=(each for each in [rule])).rules == (rule,)  # type: ignore[arg-type]
     assert hash(Plan(rules=[rule])) == hash(Plan(rules=(rule,)))  # type: ignore[arg-type]
     for wrong in (rule, "compute=bf16", None):
         with pytest.raises(PlanError, match="rules takes several Rules"):

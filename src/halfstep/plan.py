@@ -56,16 +56,8 @@ MEMORY_FORMATS = ("channels_last", "contiguous")
 OF_PRODUCTS = ("grad", "grad_input", "grad_weight", "scaling")  # settings that say more about `compute`
 SCALINGS = ("tensor", "delayed", "row", "1x128", "128x128")
 LOSS_SCALES = ("none", "dynamic", "layer")
-HEAD = (
-    "name",
-    "loss_scale",
-    "states",
-    "recovery",
-    "products",
-    "functions",
-    "saved_budget",
-    "rest",
-)  # keys of the plan itself
+RARE = ("states", "recovery", "products", "functions", "saved_budget", "rest")  # written where they are not the default
+HEAD = ("name", "loss_scale", *RARE)  # keys of the plan itself
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # of memory, in bytes
 STATES = ("fp32", "8-bit")
 PRODUCTS = ("native", "emulated")
@@ -210,9 +202,10 @@ class Plan:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rules, Iterable) or not all(isinstance(rule, Rule) for rule in self.rules):
+        rules = tuple(self.rules) if isinstance(self.rules, Iterable) else (None,)
+        if not all(isinstance(rule, Rule) for rule in rules):
             raise PlanError(f"rules takes several Rules, as (Rule(compute='bf16'),); got {self.rules!r:.80}")
-        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "saved_budget", "".join(str(self.saved_budget).split()))
         if self.saved_budget and self.saved_bytes <= 0:
             raise PlanError(f"saved_budget={self.saved_budget} leaves no room; give a number above 0, such as 64MiB")
@@ -297,8 +290,7 @@ class Plan:
 
     def _rare(self) -> dict[str, str]:
         """Keys of the head that are written only where they are not the default."""
-        keys = ("states", "recovery", "products", "functions", "saved_budget", "rest")
-        return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(Plan, key)}
+        return {key: getattr(self, key) for key in RARE if getattr(self, key) != getattr(Plan, key)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in TOML and JSON; settings that are not stated are left out."""

@@ -272,9 +272,7 @@ class PlanRecord(Record):
     why: str = ""
     seconds: float = 0.0  # time that choosing it took
     updates: tuple[str, ...] = ()  # what computes the update of each optimizer
-    functions: tuple[
-        str, ...
-    ] = ()  # with a fast equal in place that the model or its loss has called, from the first step on
+    functions: tuple[str, ...] = ()  # with a fast equal that the first step has called, and what runs in their place
     operations: tuple[str, ...] = ()  # for each 16-bit format that operations are cast to: who casts them, and why
     kernels: tuple[str, ...] = ()  # commands that compiled what is "native" in updates and functions
     unheld: tuple[str, ...] = ()  # parameters that require gradients and that no optimizer holds: they do not train
