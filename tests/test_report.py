@@ -249,6 +249,12 @@ class TestTables:
         arms = [make_arm("fp32", "reference"), replace(make_arm("halfstep"), plan=plan)]
         assert "Operations in fp16 by OperatorMode: sums overflow" in render_page(make_comparison(arms))
 
+    def test_a_plan_says_what_compiled_its_kernels(self) -> None:
+        plan = PlanRecord(step=0, plan="", layers=(), updates=("AdamW: native",), kernels=("cc -O3",))
+        assert "native is compiled by cc -O3" in render(show_plan(plan))
+        page = render_page(make_comparison([make_arm("fp32", "reference"), replace(make_arm("halfstep"), plan=plan)]))
+        assert "Native is compiled by <code>cc -O3</code>" in page
+
     def test_a_profile_fits_80_columns_with_every_format_and_verdict(self) -> None:
         statuses: list[Literal["native", "emulated", "slower", "unsupported"]]
         statuses = ["native", "emulated", "slower", "unsupported"]
