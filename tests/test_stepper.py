@@ -777,9 +777,7 @@ def test_rules_that_cannot_be_honoured_beside_auto_are_refused_before_a_batch(pl
 
 def test_parameters_that_no_optimizer_holds_are_warned_of_and_recorded() -> None:
     model = make_mlp()
-    with pytest.warns(
-        UnheldWarning, match=r"no optimizer holds 0.weight, 0.bias, which require gradients.*requires_grad_"
-    ):
+    with pytest.warns(UnheldWarning, match=r"no optimizer given .* holds 0.weight, 0.bias, which .*requires_grad_"):
         stepper = prepare(model, SGD([*model[2].parameters(), *model[4].parameters()], lr=0.1), "bf16-mixed")
     assert stepper.plan_record is not None
     assert stepper.plan_record.unheld == ("0.weight", "0.bias")
@@ -793,6 +791,10 @@ def test_parameters_that_no_optimizer_holds_are_warned_of_and_recorded() -> None
     [
         ({"schedulers": 3}, "schedulers takes one LRScheduler or several; got int"),
         ({"schedulers": ["cosine"]}, "got str"),
+        ({"schedulers": [None]}, "got NoneType"),
+        ({"schedulers": StepLR}, "got type"),
+        ({"schedulers": [StepLR]}, "got type"),
+        ({"schedulers": SGD([torch.ones(1)], lr=0.1)}, "got SGD"),
         ({"averages": nn.Linear(1, 1)}, "averages takes one AveragedModel or several; got Linear"),
         ({"clip": "1"}, "clip above 0; got accumulate=1, clip='1'"),
         ({"saved": "int3"}, "unknown saved format 'int3'.*Allowed: bf16, fp32, int4, int8"),
@@ -802,6 +804,22 @@ def test_options_of_another_kind_are_refused(options: dict[str, Any], said: str)
     model = make_mlp()
     with pytest.raises(HalfstepError, match=said):
         prepare(model, make_adamw(model), "bf16-mixed", **options)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_scheduler_of_ones_own_needs_no_more_than_a_step(several: bool) -> None:
+    class Counter:
+        steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+
+    model, counter = make_mlp(), Counter()
+    schedulers: Any = [counter] if several else counter
+    train(prepare(model, make_adamw(model), "32-true", schedulers=schedulers), make_regression_batches(3))
+    assert counter.steps == 3
+    other = make_mlp()
+    assert prepare(other, make_adamw(other), "32-true", schedulers=None).schedulers == ()  # type: ignore[arg-type]
 
 
 def test_a_state_that_is_none_of_a_stepper_says_what_it_lacks() -> None:
@@ -815,6 +833,22 @@ def test_a_plan_file_may_be_given_as_a_path(tmp_path: Path) -> None:
     model, path = make_mlp(), tmp_path / "mine.toml"
     Plan.preset("bf16-mixed").save(path)
     assert prepare(model, make_adamw(model), path).plan.name == "bf16-mixed"
+
+
+@pytest.mark.parametrize("plan", ["rest=auto loss_scale=dynamic", "saved_budget=1GiB loss_scale=dynamic"])
+def test_a_window_that_is_open_when_a_plan_is_chosen_goes_on(plan: str) -> None:
+    batches, weights = make_regression_batches(2), []
+    for later in (plan, ""):
+        model = make_mlp()
+        stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", accumulate=2, profile=make_profile())
+        train(stepper, batches[:1])
+        if later:
+            stepper.adopt(Plan.parse(later))
+        assert train(stepper, batches[1:])[-1].applied
+        assert stepper.scale == (65536.0 if later else 1.0)
+        weights.append(copy_weights(model))
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value)
 
 
 def test_adopting_a_plan_ends_the_wait_of_auto() -> None:
@@ -859,6 +893,7 @@ def test_state_round_trip_with_every_field_away_from_its_default(monkeypatch: py
         "routes": [
             asdict(scaled_attention.Shape(6, 5, 4, 3, 2, "bfloat16", True, "bool[True]", 7)) | {"route": "kernel"}
         ],
+        "chosen_for": "name=mine loss_scale=none rest=auto",
         "functions": ["cross_entropy", "dropout"],
         "applied": 5,
         "skipped": 3,

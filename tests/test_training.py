@@ -619,6 +619,20 @@ def test_run_moved_to_auto_chooses_when_its_next_batch_arrives(tmp_path: Path) -
     assert again.resume("auto") is None
 
 
+def test_run_whose_rest_was_chosen_goes_on_with_the_same_plan_and_moves_to_another(tmp_path: Path) -> None:
+    mine, other = "rest=auto\npath=0 saved=bf16", "rest=auto\npath=0 saved=int8"
+    drive(begin(open_run(tmp_path, mine)), stop_after=6)
+    chosen = open_run(tmp_path, mine)
+    assert chosen.resume(mine) is None
+    assert chosen.stepper.state_dict()["plan"] == str(chosen.stepper.plan)
+    chosen.close()
+    for plan in ("auto", other):
+        run = open_run(tmp_path, plan)
+        assert run.resume(plan) is not None
+        assert run.stepper.state_dict()["plan"] is None
+        run.close()
+
+
 @pytest.mark.parametrize("plan", [SPLIT, Plan.parse(SPLIT)], ids=["text", "plan"])
 def test_plan_that_is_in_force_already_changes_nothing(tmp_path: Path, plan: Plan | str) -> None:
     whole = begin(open_run(tmp_path / "whole", SPLIT))

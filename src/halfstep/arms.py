@@ -113,7 +113,7 @@ def require_arms(names: Sequence[str]) -> None:
     for name in names:
         if not is_arm(name) or name == CONTROL:
             raise RecipeError(describe_unknown("arm", name, [*RIVALS, "halfstep", "halfstep:PLAN"]))
-        if name.startswith("halfstep:") and name != "halfstep:auto":
+        if name.startswith("halfstep:"):
             read_plan(name.partition(":")[2])
     if REFERENCE not in names or len(set(names)) != len(names):
         raise RecipeError(f"arms are named once each and '{REFERENCE}' is one of them; got {', '.join(names)}")

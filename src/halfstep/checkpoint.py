@@ -240,7 +240,7 @@ class Rounding:
         return "; ".join(parts) or "nothing was rounded"
 
 
-def change_plan(stepper: Stepper, plan: Plan | str, why: str = "") -> Rounding:
+def change_plan(stepper: Stepper, plan: Plan | str | Path, why: str = "") -> Rounding:
     """Put another plan in force, as `Stepper.adopt` does, and count what it rounds; the plan record's `why` says it too.
 
     plan: what `prepare` takes. "auto", and a plan with rest=auto, go to fp32 and choose when the next batch arrives.

@@ -80,6 +80,7 @@ class Stepper:
         self.skipped = 0
         self.outcome: StepOutcome | None = None  # of the last call of step()
         self.plan_record: PlanRecord | None = None  # the plan in force; None until "auto" has chosen
+        self.chosen_for = ""  # text of the plan with rest=auto that was given; "" where nothing was left open
         self._is_first = True  # whether no step has been made under the plan in force
         self._around: ExitStack | None = None  # of the `with stepper.autocast()` that is open
         self._scale, self._rule = LossScale(scale=1.0), UNSCALED
@@ -349,12 +350,16 @@ class Stepper:
         """
 
         def take(choice: Choice) -> None:
+            window, before = self._window.state_dict(), self.scale
             self._adopt(choice.plan, choice.why, choice.seconds)
+            if window is not None:
+                self._window.load_state_dict(window, self.scale / before)
             if self._around is not None:
                 self._open_autocast(self._around)
 
         if not budget:
             self._in_force.require_possible(given)
+            self.chosen_for = str(given)
         self._in_force.wait_for_batch(take, budget, given)
 
     def _let_auto_choose(self, closure: Callable[[], Tensor]) -> None:
@@ -379,6 +384,7 @@ class Stepper:
             self._adopt(PRESETS["32-true"] if plan.rest == "auto" else plan, why)
         finally:
             self._window.load_state_dict(window, self.scale / before)
+        self.chosen_for = ""
         if plan.rest == "auto":
             self.wait_for_batch(given=plan)
 
@@ -435,6 +441,7 @@ class Stepper:
         """
         return {
             "plan": None if self._in_force.is_waiting else str(self.plan),
+            "chosen_for": self.chosen_for,
             "loss_scale": asdict(self._scale),
             "recovery": asdict(self._rescue.memory),
             "masters": self.conversion.masters.state_dict(),
@@ -475,6 +482,7 @@ class Stepper:
             self.adopt(Plan.parse(state["plan"]), "restored")
         if state["plan"] is not None:
             self._in_force.stop_waiting()
+            self.chosen_for = state.get("chosen_for", str(AUTO) if self.plan.name == AUTO.name else "")
         self._scale = LossScale(**state["loss_scale"])
         self._rescue.memory = Recovery(**state.get("recovery", {}))
         self.conversion.masters.load_state_dict(state.get("masters", self.conversion.masters.state_dict()))

@@ -238,7 +238,7 @@ class Run:
                 last = record
         return last if isinstance(last, EndRecord) else None
 
-    def resume(self, plan: Plan | str | None = None) -> Rounding | None:
+    def resume(self, plan: Plan | str | Path | None = None) -> Rounding | None:
         """Go on from the folder's checkpoint; what the record holds beyond it is dropped.
 
         A run that was killed before its first checkpoint starts again at step 0: `done` is 0 then.
@@ -257,7 +257,7 @@ class Run:
         with self._claimed():
             return self._go_on(plan)
 
-    def _go_on(self, plan: Plan | str | None) -> Rounding | None:
+    def _go_on(self, plan: Plan | str | Path | None) -> Rounding | None:
         end, rounding = self.find_end(), None
         saved_before = end is not None and end.reason != "failed"  # a checkpoint that is missing now has been lost
         if self.checkpoint.exists() or saved_before or not self.record.exists():
@@ -286,10 +286,8 @@ class Run:
         _set_random_states(state["random"])
         self.done, self.train_seconds = state["done"], state["train_seconds"]
 
-    def _is_in_force(self, plan: Plan | str) -> bool:
-        if plan == "auto":
-            return self.stepper.plan.name == "auto" or self.stepper.state_dict()["plan"] is None
-        return bool(self.stepper.state_dict()["plan"] == str(read_plan(plan)))
+    def _is_in_force(self, plan: Plan | str | Path) -> bool:
+        return str(read_plan(plan)) in (self.stepper.state_dict()["plan"], self.stepper.chosen_for)
 
     def _read_record(self) -> list[Record]:
         """The records up to the checkpoint. What stands behind it is not looked at, so a torn line there does no harm."""

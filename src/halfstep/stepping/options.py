@@ -118,8 +118,8 @@ def warn_of_unheld(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     names = list_unheld(model, optimizers)
     if names:
         warnings.warn(
-            f"no optimizer holds {describe_some(names)}, which require gradients: they are not trained. Give them to an "
-            "optimizer, or call requires_grad_(False) on them if they are to stay as they are",
+            f"no optimizer given to prepare() holds {describe_some(names)}, which require gradients: this stepper does not "
+            "train them. Give them to an optimizer, or call requires_grad_(False) on them if they are to stay as they are",
             UnheldWarning,
             stacklevel=3,
         )
@@ -241,17 +241,18 @@ def require_plan(plan: Plan, drafted: Conversion, options: Options, optimizers: 
 
 
 def require_several(given: object, kind: type[T], name: str, *, does: str) -> tuple[T, ...]:
-    """One, or the members of an iterable of several. Raises ModelError for what has no method of the name `does`.
+    """One, or the members of an iterable of several; none of None. Others than of that kind will do if they have a method of
+    the name `does`. Raises ModelError for what has none.
 
     Examples:
-        >>> require_several((), AveragedModel, "averages", does="update_parameters")
+        >>> require_several(None, AveragedModel, "averages", does="update_parameters")
         ()
     """
-    taken = take_several(given, kind)
     is_one = not isinstance(given, Iterable) or isinstance(given, nn.Module | Tensor | type)
-    odd = given if is_one and not taken else next((each for each in taken if not hasattr(each, does)), None)
-    if odd is not None:
-        raise ModelError(f"{name} takes one {kind.__name__} or several; got {type(odd).__name__}")
+    taken = take_several((given,) if is_one and given is not None else given, kind)
+    for each in taken:
+        if isinstance(each, type | Optimizer) or not hasattr(each, does):
+            raise ModelError(f"{name} takes one {kind.__name__} or several; got {type(each).__name__}")
     return taken
 
 
