@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from halfstep import stepper as stepper_module
 from halfstep.checkpoint import change_plan, pack, unpack
+from halfstep.control import sensitivity
 from halfstep.control.sensitivity import Choice
 from halfstep.conversion import convert
 from halfstep.distributed import Alone
@@ -717,6 +718,22 @@ def test_choosing_a_plan_leaves_random_numbers_and_batch_norm_as_they_were() -> 
     batches_seen = "0.1.num_batches_tracked"
     assert states[0][1][batches_seen] == states[1][1][batches_seen] == 1
     torch.testing.assert_close(states[0][1], states[1][1], rtol=1.6e-2, atol=1e-3)
+
+
+def test_trials_of_auto_save_activations_as_training_will(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Plan] = []
+
+    def try_plan(_model: nn.Module, _args: Any, _kwargs: Any, wide: Plan, plan: Plan, _watch: Any) -> tuple[bool, str]:
+        tried.extend((wide, plan))
+        return True, "made up"
+
+    monkeypatch.setattr(sensitivity, "try_plan", try_plan)
+    model = make_mlp()
+    stepper = prepare(model, make_adamw(model), "auto", profile=make_profile(), saved="int8")
+    train(stepper, make_regression_batches(1))
+    for plan in (*tried, stepper.plan):
+        assert [rule.saved for rule in plan.rules if rule.saved] == ["int8"]
+    assert len(tried) == 2
 
 
 def test_plan_that_auto_chose_is_in_force_in_the_first_step_already(monkeypatch: pytest.MonkeyPatch) -> None:

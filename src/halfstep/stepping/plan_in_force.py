@@ -128,6 +128,7 @@ class PlanInForce:
 
     def _choose(self, given: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
         profile = self._options.profile or get_profile(self.conversion.device_type)
+        given = self._options.complete(given)  # so that trials save activations as training will
         return choose_plan(self._model, args, kwargs, profile=profile, given=given)
 
     def _fit_saved(self, budget: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
