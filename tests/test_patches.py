@@ -17,6 +17,7 @@ from halfstep.numerics.patches import (
     ROUTES,
     Window,
     conv2d,
+    conv_transpose2d,
     explain_conv2d,
     find_route,
     find_weight_gradient,
@@ -117,7 +118,29 @@ def test_output_and_gradients_are_those_of_torch(
     found, right = differentiate(conv2d, inputs, **options), differentiate(F.conv2d, inputs, **options)
     assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
     assert found[2].stride() == inputs[1].stride()
+    assert "_Convolution" in type(found[0].grad_fn).__name__
     wide = differentiate(F.conv2d, tuple(t.detach().double().requires_grad_() for t in inputs), **options)
+    for mine, exact in zip(found[2:], wide[2:], strict=True):
+        require_close(mine, exact)
+
+
+@pytest.mark.usefixtures("by_patches")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 1}, {"stride": 2, "padding": (1, 0), "output_padding": (1, 0)}, {"stride": (1, 2), "dilation": 2}],
+)
+def test_transposed_convolutions_have_the_gradients_of_torch(
+    dtype: torch.dtype, order: torch.memory_format, options: dict[str, Any]
+) -> None:
+    x, w, b = make_inputs(dtype, channels=5, outputs=5, order=order)  # its weight is [C, O, kernel, kernel]
+    w, b = w[:, :3].detach().contiguous(memory_format=order).requires_grad_(), b[:3].detach().requires_grad_()
+    inputs = (x, w, b)
+    found, right = (differentiate(f, inputs, **options) for f in (conv_transpose2d, F.conv_transpose2d))
+    assert "_Convolution" in type(found[0].grad_fn).__name__ and "_Convolution" not in type(right[0].grad_fn).__name__
+    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    wide = differentiate(F.conv_transpose2d, tuple(t.detach().double().requires_grad_() for t in inputs), **options)
     for mine, exact in zip(found[2:], wide[2:], strict=True):
         require_close(mine, exact)
 
@@ -173,8 +196,16 @@ def test_what_is_left_to_torch_says_why() -> None:
     assert explain_conv2d(x, w) == ""
     assert explain_conv2d(x, w.detach()) == "no gradient of the weight"
     assert explain_conv2d(x.double(), w) == "dtype float64"
-    for args, options in (((x, w), {"padding": "same"}), ((x[0], w), {}), ((x[:, :1], w[:, :1]), {"groups": 1})):
-        assert torch.equal(conv2d(*args, **options), F.conv2d(*args, **options))
+    assert explain_conv2d(x[0], w) == explain_conv2d(x, w, groups=3) == "groups, or images without a batch"
+    left: list[tuple[tuple[Tensor, Tensor], dict[str, Any]]] = [((x[0], w), {}), ((x, w[:3, :1]), {"groups": 3})]
+    for args, options in left:
+        out = conv2d(*args, **options)
+        assert torch.equal(out, F.conv2d(*args, **options)) and "_Convolution" not in type(out.grad_fn).__name__
+    with pytest.warns(UserWarning, match="even kernel lengths"):
+        assert "_Convolution" not in type(conv2d(x, w[..., :2], padding="same").grad_fn).__name__
+    with pytest.raises(RuntimeError, match="strided"):
+        conv2d(x, w, padding="same", stride=2)
+    assert torch.equal(conv_transpose2d(x, w[:3, :1], groups=3), F.conv_transpose2d(x, w[:3, :1], groups=3))
     with torch.no_grad():
         assert torch.equal(conv2d(x, w, b), F.conv2d(x, w, b))
     with pytest.raises(RuntimeError, match="same"):

@@ -5,7 +5,7 @@
                                     each way
     scaled_dot_product_attention    torch leaves its fast way where there is dropout, and is slow for short sequences; here it
                                     is two batched products and a pass between them, where that was timed to be faster
-    conv2d                          torch computes the gradient of a weight without making patches of the images; here it is one
+    conv2d, conv_transpose2d        torch computes the gradient of a weight without making patches of the images; here it is one
                                     product of patches, where that was timed to be faster
 
 Each has torch's signature and hands over to torch's own where it does not apply; the modules of numerics say where. What they
@@ -66,6 +66,7 @@ FAST: Mapping[Function, Fast] = {
         scaled_attention.KERNELS,
     ),
     F.conv2d: Fast(patches.conv2d, None, None),
+    F.conv_transpose2d: Fast(patches.conv_transpose2d, None, None),
 }
 """torch function -> what takes its place."""
 

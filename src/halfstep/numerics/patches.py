@@ -3,11 +3,12 @@
     patches[n, i, j, u, v, c]  = x[n, c, stride * i + dilation * u - padding, stride * j + dilation * v - padding], 0 outside of x
     grad_weight[o, u, v, c]    = sum over n, i, j of grad_output[n, o, i, j] * patches[n, i, j, u, v, c]
 
-Output and grad_input are torch's. oneDNN, which torch calls on a processor, computes the gradient of the weight without making
-patches; where images are small and a unit for products is fast (AMX) that takes up to nine times as long as making them and
-one large product (docs/experiments.md). Elsewhere it is the faster way. So both are timed, once for every shape and with the
-tensors of the first call, and ROUTES remembers where patches won by over 10 %. Both round the same sums, taken in another order:
-put back ROUTES of a run (`ROUTES.update`) to repeat it bit for bit.
+A transposed convolution is the same with x and grad_output in each other's place. Output and grad_input are torch's. oneDNN,
+which torch calls on a processor, computes the gradient of the weight without making patches; where images are small and a unit
+for products is fast (AMX) that takes up to five times as long as making them and one large product (docs/experiments.md);
+elsewhere it is the faster way. So both are timed, once for every shape and with the tensors of the first call, and ROUTES
+remembers where patches won by over 10 %. Both round the same sums, taken in another order: put back ROUTES of a run
+(`ROUTES.update`) to repeat it bit for bit.
 
 Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.
 """
@@ -25,7 +26,7 @@ from halfstep.numerics.kernels import PLAIN, find_obstacle
 from halfstep.numerics.routes import measure_route
 
 DTYPES = (torch.float32, torch.bfloat16)
-LEAST_WORK = 1 << 28  # operations of one product; below, calls take as long as arithmetic
+LEAST_WORK = 1 << 24  # operations of one product; below, calls take as long as arithmetic
 MOST_BYTES = 1 << 27  # of patches, which torch's way does not make
 GAIN = 0.9  # of torch's time, below which patches are taken
 
@@ -34,11 +35,15 @@ Pair = tuple[int, int]
 
 
 class Window(NamedTuple):
-    """How a kernel moves over an image: down and across."""
+    """How a kernel moves over an image, down and across.
+
+    output_padding: of a transposed convolution, which makes the image of which this is the window; None of another.
+    """
 
     stride: Pair
     padding: Pair
     dilation: Pair
+    output_padding: Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def make_patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
         >>> make_patches(x, (2, 2), Window((1, 1), (0, 0), (1, 1))).tolist()[0]
         [0.0, 1.0, 3.0, 4.0]
     """
-    (stride, padding, dilation), (batch, channels, height, width) = window, x.shape
+    (stride, padding, dilation, _), (batch, channels, height, width) = window, x.shape
     rows, columns = _count_places(x.shape, kernel, window)
     images = x.permute(0, 2, 3, 1)
     if kernel == stride == (1, 1) and padding == (0, 0):
@@ -81,6 +86,8 @@ def make_patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
 def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
     """The gradient of a weight [O, C, kernel, kernel], in its order of memory, from that of the output [N, O, rows, columns].
 
+    Of a transposed convolution with weight [C, O, kernel, kernel]: its x in place of the gradient, and the other way round.
+
     Examples:
         >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
         >>> find_weight_gradient(torch.ones(1, 1, 2, 2), x, w, Window((1, 1), (0, 0), (1, 1))).flatten().tolist()
@@ -93,10 +100,8 @@ def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Wi
     return found.contiguous() if weight.is_contiguous() else found
 
 
-def explain_conv2d(
-    input: Tensor, weight: Tensor, padding: int | str | Sequence[int] = 0, groups: int = 1,
-) -> str:  # fmt: skip
-    """Why `conv2d` leaves such calls to torch's own function; "" where both ways are timed.
+def explain_conv2d(input: Tensor, weight: Tensor, groups: int = 1) -> str:
+    """Why `conv2d` and `conv_transpose2d` leave such calls to torch's own function; "" where both ways are timed.
 
     Examples:
         >>> explain_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
@@ -106,9 +111,7 @@ def explain_conv2d(
         return obstacle
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return "no gradient of the weight"
-    if groups != 1 or isinstance(padding, str) or input.dim() != 4 or weight.dim() != 4:
-        return "groups, a padding in words, or images without a batch"
-    return ""
+    return "groups, or images without a batch" if groups != 1 or not input.dim() == weight.dim() == 4 else ""
 
 
 def conv2d(
@@ -117,27 +120,52 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """`torch.nn.functional.conv2d`: [N, C, H, W], [O, C / groups, kernel, kernel], [O] -> [N, O, rows, columns].
 
-    In fp32 and bf16 on a processor; under autocast all are cast to its dtype. What is left to torch: groups, `padding` in
-    words, calls without a gradient of the weight, and shapes for which patches are too large or not faster.
+    In fp32 and bf16 on a processor; under autocast all are cast to its dtype. What is left to torch: groups, calls without a
+    gradient of the weight, and shapes for which patches are too large or not faster.
 
     Examples:
         >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).flatten().tolist()
         [4.0, 4.0, 4.0, 4.0]
     """
-    if explain_conv2d(input, weight, padding, groups):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    window = Window(_pair(stride), _pair(padding), _pair(dilation))
-    is_cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
-    if (
-        dtype not in DTYPES
-        or not (is_cast or weight.dtype == dtype)
-        or find_route(input, weight, window, dtype) == "torch"
-    ):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    x, w, b = (t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
-    result: Tensor = _Convolution.apply(x, w, b, window)
-    return result
+    if not explain_conv2d(input, weight, groups):
+        window = _read_window(weight, stride, padding, dilation)
+        if window and (operands := _take(input, weight, bias, window)):
+            result: Tensor = _Convolution.apply(*operands, window)
+            return result
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0, output_padding: int | Sequence[int] = 0, groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:  # fmt: skip
+    """`torch.nn.functional.conv_transpose2d`: [N, C, H, W], [C, O / groups, kernel, kernel], [O] -> [N, O, rows, columns].
+
+    As `conv2d`, of which it is the gradient of the input.
+
+    Examples:
+        >>> conv_transpose2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)).flatten().tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    if not explain_conv2d(input, weight, groups):
+        window = Window(_pair(stride), _pair(padding), _pair(dilation), _pair(output_padding))
+        if operands := _take(input, weight, bias, window):
+            result: Tensor = _Convolution.apply(*operands, window)
+            return result
+    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _read_window(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Window | None:
+    """None for a padding in words that torch refuses, or that is not the same on both sides."""
+    strides, dilations = _pair(stride), _pair(dilation)
+    if padding == "valid":
+        return Window(strides, (0, 0), dilations)
+    if padding == "same":
+        down, across = (step * (edge - 1) for step, edge in zip(dilations, weight.shape[2:], strict=True))
+        is_even = strides == (1, 1) and down % 2 == across % 2 == 0
+        return Window(strides, (down // 2, across // 2), dilations) if is_even else None
+    return Window(strides, _pair(padding), dilations)
 
 
 def _pair(value: Any) -> Pair:
@@ -145,10 +173,20 @@ def _pair(value: Any) -> Pair:
     return int(down), int(across)
 
 
+def _take(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> tuple[Tensor | None, ...]:
+    """The operands of a call, as autocast casts them; () where torch's way is to be taken."""
+    is_cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
+    fits = dtype in DTYPES and (is_cast or weight.dtype == dtype)
+    if not fits or find_route(input, weight, window, dtype) == "torch":
+        return ()
+    return tuple(t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
+
+
 def _count_places(images: Sequence[int], kernel: Sequence[int], window: Window) -> Pair:
     rows, columns = (
         (size + 2 * padding - dilation * (edge - 1) - 1) // stride + 1
-        for size, edge, stride, padding, dilation in zip(images[2:], kernel, *window, strict=True)
+        for size, edge, stride, padding, dilation in zip(images[2:], kernel, *window[:3], strict=True)
     )
     return rows, columns
 
@@ -160,14 +198,14 @@ def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) ->
         >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
         'torch'
     """
-    outputs, channels, *kernel = weight.shape
-    places = x.shape[0] * math.prod(_count_places(x.shape, kernel, window))
-    numbers = places * channels * math.prod(kernel)
-    if 2 * numbers * outputs < LEAST_WORK or numbers * dtype.itemsize > MOST_BYTES:
+    is_transposed = window.output_padding is not None
+    places = x.shape[0] * math.prod(x.shape[2:] if is_transposed else _count_places(x.shape, weight.shape[2:], window))
+    numbers = places * math.prod(weight.shape[1:])  # in patches
+    if 2 * numbers * weight.shape[0] < LEAST_WORK or numbers * dtype.itemsize > MOST_BYTES:
         return "torch"
     order = "contiguous" if x.is_contiguous() else "channels_last"
     shape = Shape(
-        "x".join(map(str, x.shape)), "x".join(map(str, weight.shape)), " ".join(f"{a}x{b}" for a, b in window),
+        "x".join(map(str, x.shape)), "x".join(map(str, weight.shape)), str(tuple(window)),
         str(dtype).removeprefix("torch."), order, torch.get_num_threads(),
     )  # fmt: skip
     if shape not in ROUTES:
@@ -175,15 +213,21 @@ def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) ->
             images, filters = x.detach().to(dtype), weight.detach().to(dtype)
             gradient = _convolve(images, filters, None, window)
             seconds = measure_route({
-                "patches": lambda: find_weight_gradient(gradient, images, filters, window),
+                "patches": lambda: _multiply(gradient, images, filters, window),
                 "torch": lambda: _convolve_backward(gradient, images, filters, window, [False, True, False]),
             })  # fmt: skip
         ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
     return ROUTES[shape]
 
 
+def _multiply(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """The gradient of the weight, by patches of the larger images."""
+    small, large = (gradient, x) if window.output_padding is None else (x, gradient)
+    return find_weight_gradient(small, large, weight, window)
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    return torch.ops.aten.convolution(x, weight, bias, *window, False, (0, 0), 1)  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution(x, weight, bias, *_spread(window))  # type: ignore[no-any-return]
 
 
 def _convolve_backward(
@@ -191,8 +235,14 @@ def _convolve_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias, by torch."""
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        gradient, x, weight, weight.shape[:1], *window, False, (0, 0), 1, wanted
+        gradient, x, weight, gradient.shape[1:2], *_spread(window), wanted
     )
+
+
+def _spread(window: Window) -> tuple[Any, ...]:
+    """As aten's convolutions take it, with one group."""
+    stride, padding, dilation, output_padding = window
+    return stride, padding, dilation, output_padding is not None, output_padding or (0, 0), 1
 
 
 class _Convolution(torch.autograd.Function):
@@ -205,15 +255,15 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        (gradient,), (x, weight), window = gradients, ctx.saved_tensors, ctx.window
         wanted = list(ctx.needs_input_grad[:3])
         is_plain = type(gradient) in PLAIN and not torch._C._are_functorch_transforms_active()
         by_patches = wanted[1] and is_plain and not torch.is_grad_enabled()  # torch's way has second derivatives
         with torch.autocast("cpu", enabled=False):
             if not by_patches:
-                return *_convolve_backward(gradient, x, weight, ctx.window, wanted), None
-            (x_gradient, *_) = _convolve_backward(gradient, x, weight, ctx.window, [wanted[0], False, False])
+                return *_convolve_backward(gradient, x, weight, window, wanted), None
+            (x_gradient, *_) = _convolve_backward(gradient, x, weight, window, [wanted[0], False, False])
             bias_gradient = (
                 gradient.sum((0, 2, 3)) if wanted[2] else None
             )  # torch's would compute that of the weight too
-            return x_gradient, find_weight_gradient(gradient, x, weight, ctx.window), bias_gradient, None
+            return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None
