@@ -1,9 +1,11 @@
 """Weight gradients of convolutions by products of patches: beside fp64, beside torch's own, and where which way is taken."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,45 @@ def test_what_is_left_to_torch_says_why() -> None:
         conv2d(x, w.to(torch.bfloat16))
 
 
+@pytest.mark.usefixtures("by_patches")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": np.int64(2)}, {"stride": torch.tensor(2)}, {"stride": 0}, {"stride": -1}, {"stride": (1, 2, 3)},
+        {"stride": 1.5}, {"stride": (1.5, 1)}, {"stride": ()}, {"stride": None}, {"stride": "2"}, {"stride": True},
+        {"dilation": 0},
+        {"padding": "foo"}, {"padding": None}, {"padding": -1}, {"padding": "same", "stride": 0}, {"bias": 3},
+        {"bias": torch.ones(5).double()}, {"bias": torch.ones(5).bfloat16()}, {"bias": torch.ones(4)}, {"dilation": 9},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_cast", [False, True])
+@pytest.mark.parametrize("names", ["conv2d", "conv_transpose2d"])
+def test_torch_reads_or_refuses_what_is_unusual(options: dict[str, Any], is_cast: bool, names: str) -> None:
+    x, w, _ = make_inputs(channels=5)
+
+    def call(function: Callable[..., Tensor]) -> tuple[type, str] | Tensor:
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+                return function(x, w, **options)
+        except Exception as error:
+            return type(error), re.sub(r" \(position \d+\)", "", str(error))[:40]
+
+    found, right = call(getattr(patches, names)), call(getattr(F, names))
+    if isinstance(right, Tensor):
+        assert isinstance(found, Tensor) and torch.equal(found, right)
+    else:
+        assert found == right
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_a_first_layer_asks_torch_for_no_gradient_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = make_inputs()
+    out = conv2d(x.detach(), w, b)
+    monkeypatch.delattr(patches, "_convolve_backward")
+    out.sum().backward()
+    assert w.grad is not None and b.grad is not None
+
+
 class TestRoutes:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +292,28 @@ class TestRoutes:
         monkeypatch.setattr(patches, "LEAST_WORK", 2 * 2 * 5 * 6 * 27 * 5)
         find_route(x, w, window, torch.float32)
         assert len(ROUTES) == 1
+
+    def test_ever_new_sizes_are_timed_a_few_times_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patches, "MOST_SIZES", 2)
+        for size in (5, 6, 7, 8, 5):
+            conv2d(*make_inputs(size=size))
+        assert [shape.images for shape in ROUTES] == ["2x3x5x6", "2x3x6x7"]
+        conv2d(*make_inputs(size=8), padding=1)
+        assert len(ROUTES) == 3
+
+    def test_a_run_that_is_to_repeat_itself_takes_what_it_was_given_and_times_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(patches, "measure_route", lambda _: {"patches": 0.0, "torch": 1.0})
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert "_Convolution" not in type(conv2d(*make_inputs()).grad_fn).__name__ and not ROUTES
+            torch.use_deterministic_algorithms(False)
+            conv2d(*make_inputs())
+            torch.use_deterministic_algorithms(True)
+            assert "_Convolution" in type(conv2d(*make_inputs()).grad_fn).__name__
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     def test_routes_are_saved_and_put_back(self) -> None:
         conv2d(*make_inputs())

@@ -5,17 +5,17 @@
 
 A transposed convolution is the same with x and grad_output in each other's place. Output and grad_input are torch's. oneDNN,
 which torch calls on a processor, computes the gradient of the weight without making patches; where images are small and a unit
-for products is fast (AMX) that takes up to five times as long as making them and one large product (docs/experiments.md);
+for products is fast (AMX) that takes up to eight times as long as making them and one large product (docs/experiments.md);
 elsewhere it is the faster way. So both are timed, once for every shape and with the tensors of the first call, and ROUTES
 remembers where patches won by over 10 %. Both round the same sums, taken in another order: put back ROUTES of a run
-(`ROUTES.update`) to repeat it bit for bit.
+(`ROUTES.update`) to repeat it bit for bit, or let none be timed, by torch.use_deterministic_algorithms(True).
 
 Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +28,9 @@ from halfstep.numerics.routes import measure_route
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST_WORK = 1 << 24  # operations of one product; below, calls take as long as arithmetic
 MOST_BYTES = 1 << 27  # of patches, which torch's way does not make
+MOST_SIZES = (
+    16  # of images that are timed with one weight; where each batch has a size of its own, timing would never end
+)
 GAIN = 0.9  # of torch's time, below which patches are taken
 
 Route = Literal["patches", "torch"]
@@ -100,14 +103,14 @@ def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Wi
     return found.contiguous() if weight.is_contiguous() else found
 
 
-def explain_conv2d(input: Tensor, weight: Tensor, groups: int = 1) -> str:
+def explain_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> str:
     """Why `conv2d` and `conv_transpose2d` leave such calls to torch's own function; "" where both ways are timed.
 
     Examples:
         >>> explain_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
         'no gradient of the weight'
     """
-    if obstacle := find_obstacle(input, weight, dtypes=DTYPES):
+    if obstacle := find_obstacle(input, weight, *(() if bias is None else (bias,)), dtypes=DTYPES):
         return obstacle
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return "no gradient of the weight"
@@ -127,7 +130,7 @@ def conv2d(
         >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).flatten().tolist()
         [4.0, 4.0, 4.0, 4.0]
     """
-    if not explain_conv2d(input, weight, groups):
+    if not explain_conv2d(input, weight, bias, groups):
         window = _read_window(weight, stride, padding, dilation)
         if window and (operands := _take(input, weight, bias, window)):
             result: Tensor = _Convolution.apply(*operands, window)
@@ -148,36 +151,48 @@ def conv_transpose2d(
         >>> conv_transpose2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)).flatten().tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
-    if not explain_conv2d(input, weight, groups):
-        window = Window(_pair(stride), _pair(padding), _pair(dilation), _pair(output_padding))
-        if operands := _take(input, weight, bias, window):
+    if not explain_conv2d(input, weight, bias, groups):
+        window = _make_window(stride, padding, dilation, output_padding)
+        if window and (operands := _take(input, weight, bias, window)):
             result: Tensor = _Convolution.apply(*operands, window)
             return result
     return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _read_window(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Window | None:
-    """None for a padding in words that torch refuses, or that is not the same on both sides."""
-    strides, dilations = _pair(stride), _pair(dilation)
+    """None for what torch has to read or to refuse, and for a padding that is not the same on both sides."""
     if padding == "valid":
-        return Window(strides, (0, 0), dilations)
-    if padding == "same":
-        down, across = (step * (edge - 1) for step, edge in zip(dilations, weight.shape[2:], strict=True))
-        is_even = strides == (1, 1) and down % 2 == across % 2 == 0
-        return Window(strides, (down // 2, across // 2), dilations) if is_even else None
-    return Window(strides, _pair(padding), dilations)
+        return _make_window(stride, 0, dilation)
+    if padding != "same":
+        return _make_window(stride, padding, dilation)
+    window = _make_window(stride, 0, dilation)
+    if window is None or window.stride != (1, 1):
+        return None
+    down, across = (step * (edge - 1) for step, edge in zip(window.dilation, weight.shape[2:], strict=True))
+    return window._replace(padding=(down // 2, across // 2)) if down % 2 == across % 2 == 0 else None
 
 
-def _pair(value: Any) -> Pair:
-    down, across = (value, value) if isinstance(value, int) else value if len(value) == 2 else (*value, *value)
-    return int(down), int(across)
+def _make_window(stride: Any, padding: Any, dilation: Any, output_padding: Any = None) -> Window | None:
+    """None for anything but plain numbers that make sense, one or two of each: torch takes others too, or has words for them."""
+    steps, edges, gaps = _pair(stride), _pair(padding), _pair(dilation)
+    added = None if output_padding is None else _pair(output_padding)
+    if not (steps and edges and gaps and (added or output_padding is None)):
+        return None
+    return Window(steps, edges, gaps, added) if min(*steps, *gaps) > 0 and min(edges) >= 0 else None
+
+
+def _pair(value: Any) -> Pair | None:
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if len(numbers) not in (1, 2) or any(type(number) is not int for number in numbers):
+        return None
+    return numbers[0], numbers[-1]
 
 
 def _take(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> tuple[Tensor | None, ...]:
     """The operands of a call, as autocast casts them; () where torch's way is to be taken."""
     is_cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
-    fits = dtype in DTYPES and (is_cast or weight.dtype == dtype)
+    fits = dtype in DTYPES and (is_cast or all(t is None or t.dtype == dtype for t in (weight, bias)))
     if not fits or find_route(input, weight, window, dtype) == "torch":
         return ()
     return tuple(t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
@@ -191,32 +206,49 @@ def _count_places(images: Sequence[int], kernel: Sequence[int], window: Window) 
     return rows, columns
 
 
+def may_pay(images: Sequence[int], weight: Sequence[int], window: Window, dtype: torch.dtype) -> bool:
+    """Whether there is enough to compute and not too much to keep, given the shapes of images [N, C, H, W] and a weight.
+
+    Examples:
+        >>> may_pay((64, 512, 4, 4), (512, 512, 3, 3), Window((1, 1), (1, 1), (1, 1)), torch.bfloat16)
+        True
+    """
+    is_transposed = window.output_padding is not None
+    places = images[0] * math.prod(images[2:] if is_transposed else _count_places(images, weight[2:], window))
+    numbers = places * math.prod(weight[1:])  # in patches
+    return 2 * numbers * weight[0] >= LEAST_WORK and numbers * dtype.itemsize <= MOST_BYTES
+
+
 def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) -> Route:
-    """Which way was faster when this shape was first seen; torch's, untimed, where there is little to compute or much to keep.
+    """Which way was faster when this shape was first seen.
+
+    torch's, untimed, where patches cannot pay; where a run is to repeat itself (`torch.use_deterministic_algorithms`); and where
+    images come in ever new sizes.
 
     Examples:
         >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
         'torch'
     """
-    is_transposed = window.output_padding is not None
-    places = x.shape[0] * math.prod(x.shape[2:] if is_transposed else _count_places(x.shape, weight.shape[2:], window))
-    numbers = places * math.prod(weight.shape[1:])  # in patches
-    if 2 * numbers * weight.shape[0] < LEAST_WORK or numbers * dtype.itemsize > MOST_BYTES:
+    if not may_pay(x.shape, weight.shape, window, dtype):
         return "torch"
     order = "contiguous" if x.is_contiguous() else "channels_last"
     shape = Shape(
         "x".join(map(str, x.shape)), "x".join(map(str, weight.shape)), str(tuple(window)),
         str(dtype).removeprefix("torch."), order, torch.get_num_threads(),
     )  # fmt: skip
-    if shape not in ROUTES:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            images, filters = x.detach().to(dtype), weight.detach().to(dtype)
-            gradient = _convolve(images, filters, None, window)
-            seconds = measure_route({
-                "patches": lambda: _multiply(gradient, images, filters, window),
-                "torch": lambda: _convolve_backward(gradient, images, filters, window, [False, True, False]),
-            })  # fmt: skip
-        ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
+    if shape in ROUTES:
+        return ROUTES[shape]
+    sizes = sum(replace(known, images=shape.images) == shape for known in ROUTES if known.weight == shape.weight)
+    if sizes >= MOST_SIZES or torch.are_deterministic_algorithms_enabled():
+        return "torch"
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        images, filters = x.detach().to(dtype), weight.detach().to(dtype)
+        gradient = _convolve(images, filters, None, window)
+        seconds = measure_route({
+            "patches": lambda: _multiply(gradient, images, filters, window),
+            "torch": lambda: _convolve_backward(gradient, images, filters, window, [False, True, False]),
+        })  # fmt: skip
+    ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
     return ROUTES[shape]
 
 
@@ -262,7 +294,7 @@ class _Convolution(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             if not by_patches:
                 return *_convolve_backward(gradient, x, weight, window, wanted), None
-            (x_gradient, *_) = _convolve_backward(gradient, x, weight, window, [wanted[0], False, False])
+            x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
             bias_gradient = (
                 gradient.sum((0, 2, 3)) if wanted[2] else None
             )  # torch's would compute that of the weight too
