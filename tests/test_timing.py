@@ -2,7 +2,7 @@
 
 import pytest
 
-from halfstep.machine.timing import Stopwatch, count_operations, time_products
+from halfstep.machine.timing import DTYPES, PRODUCTS, Stopwatch, count_operations, time_products
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,23 @@ def test_three_products_of_a_layer_are_timed(operation: str, shape: tuple[int, .
     measured = time_products(operation, shape, format, Stopwatch(seconds=0.001))
     assert [m.product for m in measured] == ["output", "grad_input", "grad_weight"]
     assert all(m.milliseconds > 0 and m.rate > 0 and m.shape == shape and m.format == format for m in measured)
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "ways"),
+    [
+        ((8, 64, 64, 8, 8, 3, 1, 1), "bf16", 2),
+        ((8, 64, 64, 8, 8, 3, 1, 2), "bf16", 1),  # groups
+        ((8, 64, 64, 8, 8, 3, 1, 1), "fp16", 1),
+        ((1, 4, 8, 6, 6, 3, 1, 1), "bf16", 1),  # too little to compute
+        ((64, 256, 4, 22, 22, 3, 1, 1), "bf16", 1),  # too much to keep
+    ],
+)
+def test_the_gradient_of_a_weight_is_timed_by_patches_where_training_would_take_them(
+    shape: tuple[int, ...], format: str, ways: int
+) -> None:
+    calls = PRODUCTS["conv2d"](shape, DTYPES[format], "cpu")
+    assert [len(calls[product]) for product in ("output", "grad_input", "grad_weight")] == [1, 1, ways]
 
 
 def test_operations_are_counted_as_two_for_a_multiply_add() -> None:

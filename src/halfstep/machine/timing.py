@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from halfstep.numerics import patches
-from halfstep.numerics.patches import Window, find_weight_gradient
+from halfstep.numerics.patches import DTYPES as DTYPES_BY_PATCHES
+from halfstep.numerics.patches import Window, find_weight_gradient, may_pay
 from halfstep.records import Measurement
 
 DTYPES: dict[str, torch.dtype] = {
@@ -71,6 +71,7 @@ def _conv_calls(
     x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
     w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
     pad = [kernel // 2] * 2
+    window = Window((stride, stride), (kernel // 2, kernel // 2), (1, 1))
 
     def forward() -> torch.Tensor:
         return torch.nn.functional.conv2d(x, w, None, stride, pad, 1, groups)
@@ -83,10 +84,12 @@ def _conv_calls(
         )
 
     def by_patches() -> torch.Tensor:
-        return find_weight_gradient(g, x, w, Window((stride, stride), (kernel // 2, kernel // 2), (1, 1)))
+        return find_weight_gradient(g, x, w, window)
 
     torchs = backward([False, True, False])
-    is_routed = device == "cpu" and groups == 1 and dtype in patches.DTYPES
+    is_routed = (
+        device == "cpu" and groups == 1 and dtype in DTYPES_BY_PATCHES and may_pay(x.shape, w.shape, window, dtype)
+    )
     return {
         "output": [forward],
         "grad_input": [backward([True, False, False])],
