@@ -28,9 +28,7 @@ from halfstep.numerics.routes import measure_route
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST_WORK = 1 << 24  # operations of one product; below, calls take as long as arithmetic
 MOST_BYTES = 1 << 27  # of patches, which torch's way does not make
-MOST_SIZES = (
-    16  # of images that are timed with one weight; where each batch has a size of its own, timing would never end
-)
+MOST_SIZES = 16  # of images that are timed with one weight: with a size of its own for each batch it would never end
 GAIN = 0.9  # of torch's time, below which patches are taken
 
 Route = Literal["patches", "torch"]
@@ -297,5 +295,5 @@ class _Convolution(torch.autograd.Function):
             x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
             bias_gradient = (
                 gradient.sum((0, 2, 3)) if wanted[2] else None
-            )  # torch's would compute that of the weight too
+            )  # by torch, that of the weight would come along
             return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None
