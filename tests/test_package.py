@@ -44,6 +44,8 @@ SPINE = [
     "numerics.losses",
     "numerics.native_steps",
     "numerics.native_rows",
+    "numerics.routes",
+    "numerics.patches",
     "numerics.scaled_attention",
     "numerics.traced",
     "numerics.movement",

@@ -57,12 +57,12 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Attention goes by kernel, whatever is faster today; counts how often that was asked."""
     asked = []
 
-    def measure_route(*_: Any) -> str:
+    def measure_route(*_: Any) -> dict[str, float]:
         asked.append(1)
-        return "kernel"
+        return {"kernel": 0.0, "torch": 1.0}
 
     monkeypatch.setattr(scaled_attention, "ROUTES", {})
-    monkeypatch.setattr(scaled_attention, "_measure_route", measure_route)
+    monkeypatch.setattr(scaled_attention, "measure_route", measure_route)
     return asked
 
 

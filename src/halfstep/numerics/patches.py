@@ -220,8 +220,8 @@ def may_pay(images: Sequence[int], weight: Sequence[int], window: Window, dtype:
 def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) -> Route:
     """Which way was faster when this shape was first seen.
 
-    torch's, untimed, where patches cannot pay; where a run is to repeat itself (`torch.use_deterministic_algorithms`); and where
-    images come in ever new sizes.
+    torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; and where images come in
+    ever new sizes.
 
     Examples:
         >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
