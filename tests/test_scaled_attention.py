@@ -281,6 +281,15 @@ class TestRoutes:
         ROUTES[describe_shape(*inputs, None, False)] = "torch"
         assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
 
+    def test_nothing_is_timed_in_a_run_that_is_to_repeat_itself(self) -> None:
+        inputs = make_inputs(torch.float32)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert not ROUTES
+
     def test_dropout_is_never_timed(self) -> None:
         out = scaled_dot_product_attention(*make_inputs(torch.float32), dropout_p=0.1)
         assert not ROUTES and "_Attention" in type(out.grad_fn).__name__

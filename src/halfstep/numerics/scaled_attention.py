@@ -17,7 +17,7 @@ bits where activations are saved so.
 torch's fused kernel keeps no weights and wins for long sequences; for short ones two large products beat it, and with dropout it
 leaves its fast path. So with dropout this way is taken always; without it both are timed, once for every shape and with the
 tensors of the first call, and ROUTES remembers which was faster. Results of the two ways differ by rounding: put back ROUTES
-of a run (`ROUTES.update`) to repeat it bit for bit.
+of a run (`ROUTES.update`) to repeat it bit for bit, or let none be timed, by torch.use_deterministic_algorithms(True).
 
 There are no second derivatives, as in torch's fused kernel.
 
@@ -240,7 +240,8 @@ def describe_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def find_route(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule) -> Route:
-    """Which way was faster forward and backward when this shape was first seen.
+    """Which way was faster forward and backward when this shape was first seen; torch's, untimed, where deterministic
+    algorithms are asked for.
 
     Examples:
         >>> q = torch.ones(2, 8, 4)
@@ -248,6 +249,8 @@ def find_route(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, r
         True
     """
     shape = describe_shape(query, key, value, mask, rule.causal)
+    if shape not in ROUTES and torch.are_deterministic_algorithms_enabled():
+        return "torch"
     if shape not in ROUTES:
         q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
 
