@@ -11,7 +11,7 @@ help:
 	@echo "make lint   style and types"
 	@echo "make docs   build the documentation into site/"
 	@echo "make bench          speed at equal accuracy: every workload, halfstep beside its rivals (some hours)"
-	@echo "make bench-quick    the same for two workloads (under three minutes)"
+	@echo "make bench-quick    the same for two workloads (about three minutes)"
 	@echo "make bench-results  the trainings that the README reports (about an hour)"
 
 .venv/ready: pyproject.toml constraints.txt

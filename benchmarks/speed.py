@@ -1,7 +1,7 @@
 """Speed at equal accuracy: every workload in every arm, by turns, each run in a process of its own. `make bench`.
 
     python benchmarks/speed.py                              all, three rounds: some hours
-    python benchmarks/speed.py --quick                      two workloads without compiling, under three minutes
+    python benchmarks/speed.py --quick                      two workloads without compiling, about three minutes
     python benchmarks/speed.py --only gpt,lstm --arms fp32,torch-amp-tuned,halfstep --rounds 5
 
 Writes benchmarks/results/NAME.json after every workload of a round, so that an interrupted benchmark keeps what it has. Arms and
@@ -35,7 +35,6 @@ from workloads.catalogue import QUICK, WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 TABLE_WIDTH = 140
-COMPILED = [name for name, arm in ARMS.items() if arm.compiled]
 Measure = Callable[[str, Sequence[str], int], list[Run]]
 
 
@@ -126,7 +125,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--arms", metavar="NAMES", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--rounds", type=int, help="3, or 2 with --quick; round number = seed")
-    parser.add_argument("--steps", type=int, help="timed steps: 20, or 8 with --quick")
+    parser.add_argument("--steps", type=int, help="timed steps: 20, or 6 with --quick")
     parser.add_argument(
         "--turn", type=int, help="timed steps of an arm before it is the next one's turn: 4, or 2 with --quick"
     )
@@ -142,13 +141,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--gauge", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    default = {"rounds": (3, 2), "steps": (20, 8), "turn": (4, 2), "warmup": (5, 3), "name": ("speed", "speed-quick")}
+    default = {"rounds": (3, 2), "steps": (20, 6), "turn": (4, 2), "warmup": (5, 3), "name": ("speed", "speed-quick")}
     for key, pair in default.items():
         if getattr(options, key) is None:
             setattr(options, key, pair[options.quick])
     if min(options.rounds, options.steps, options.turn, options.warmup, options.threads) < 1:
         parser.error("--rounds, --steps, --turn, --warmup and --threads are at least 1")
-    quick_arms = [arm for arm in ARMS if arm not in COMPILED]
+    quick_arms = [name for name, arm in ARMS.items() if not (arm.compiled or arm.small)]
     options.only = choose(parser, "--only", options.only, WORKLOADS, QUICK if options.quick else WORKLOADS)
     options.arms = choose(parser, "--arms", options.arms, ARMS, quick_arms if options.quick else ARMS)
     return options

@@ -240,7 +240,11 @@ def test_a_run_that_fails_gives_its_last_words() -> None:
 
 def test_the_command_line_takes_known_names_only(capsys: pytest.CaptureFixture[str]) -> None:
     options = speed.parse(["--quick"])
-    assert options.only == list(QUICK) and options.rounds == 2 and options.arms == EAGER
+    assert (
+        options.only == list(QUICK)
+        and options.rounds == 2
+        and options.arms == [name for name in EAGER if name != "halfstep-memory"]
+    )
     assert speed.parse([]).only == list(WORKLOADS) and speed.parse([]).arms == list(ARMS)
     assert speed.parse(["--only", "gpt,mlp", "--arms", "fp32"]).only == ["gpt", "mlp"]
     with pytest.raises(SystemExit):
