@@ -178,7 +178,5 @@ def put_back_routes(saved: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-_ROUTED: tuple[Any, ...] = (
-    scaled_attention,
-    patches,
-)  # modules with a Shape, a Route, and ROUTES from the one to the other
+_ROUTED: tuple[Any, ...] = (scaled_attention, patches)
+"""Modules with a Shape, a Route, and ROUTES from the one to the other."""

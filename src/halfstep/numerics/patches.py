@@ -129,9 +129,8 @@ def conv2d(
         [4.0, 4.0, 4.0, 4.0]
     """
     if not explain_conv2d(input, weight, bias, groups):
-        window = _read_window(weight, stride, padding, dilation)
-        if window and (operands := _take(input, weight, bias, window)):
-            result: Tensor = _Convolution.apply(*operands, window)
+        result = _run(input, weight, bias, _read_window(weight, stride, padding, dilation))
+        if result is not None:
             return result
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -150,9 +149,8 @@ def conv_transpose2d(
         [1.0, 1.0, 1.0, 1.0]
     """
     if not explain_conv2d(input, weight, bias, groups):
-        window = _make_window(stride, padding, dilation, output_padding)
-        if window and (operands := _take(input, weight, bias, window)):
-            result: Tensor = _Convolution.apply(*operands, window)
+        result = _run(input, weight, bias, _make_window(stride, padding, dilation, output_padding))
+        if result is not None:
             return result
     return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
@@ -186,14 +184,16 @@ def _pair(value: Any) -> Pair | None:
     return numbers[0], numbers[-1]
 
 
-def _take(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> tuple[Tensor | None, ...]:
-    """The operands of a call, as autocast casts them; () where torch's way is to be taken."""
+def _run(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None) -> Tensor | None:
+    """The convolution of operands as autocast casts them; None where torch's way is to be taken."""
     is_cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
     fits = dtype in DTYPES and (is_cast or all(t is None or t.dtype == dtype for t in (weight, bias)))
-    if not fits or find_route(input, weight, window, dtype) == "torch":
-        return ()
-    return tuple(t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
+    if window is None or not fits or find_route(input, weight, window, dtype) == "torch":
+        return None
+    operands = (t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
+    result: Tensor = _Convolution.apply(*operands, window)
+    return result
 
 
 def _count_places(images: Sequence[int], kernel: Sequence[int], window: Window) -> Pair:
@@ -293,7 +293,6 @@ class _Convolution(torch.autograd.Function):
             if not by_patches:
                 return *_convolve_backward(gradient, x, weight, window, wanted), None
             x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
-            bias_gradient = (
-                gradient.sum((0, 2, 3)) if wanted[2] else None
-            )  # by torch, that of the weight would come along
+            # torch's gradient of the bias would bring that of the weight along
+            bias_gradient = gradient.sum((0, 2, 3)) if wanted[2] else None
             return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None
