@@ -166,7 +166,7 @@ def test_arms_take_turns_at_starting_first() -> None:
 def test_a_machine_that_changes_its_speed_between_turns_changes_no_ratio() -> None:
     """Steps made while the machine is three times as fast count in no arm's favour, nor do they raise its share of the floor."""
     speeds = (1.0, 3.0, 0.5)
-    fast = make_run("halfstep", 0, 20.0, 2.0, speeds=speeds)
+    fast = make_run("halfstep", 0, 20.0, 2.0, speeds=speeds) | {"step_ms": 40.0}  # most of its steps in the slow turn
     slow = make_run("fp32", 0, 50.0, 2.0, speeds=speeds)
     summary = summarize([slow, fast], ["fp32", "halfstep"])
     rows = summary["workloads"]["w"]["arms"]
