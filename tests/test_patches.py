@@ -3,7 +3,7 @@
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from halfstep.mechanisms.functions import FunctionMode, get_routes, put_back_routes
 from halfstep.numerics import patches
@@ -323,3 +325,68 @@ class TestRoutes:
         ROUTES.clear()
         put_back_routes(saved)
         assert before == ROUTES
+
+
+@pytest.mark.usefixtures("by_patches")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # both of torch's own while it compiles
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self) -> None:
+        torch._dynamo.reset()
+
+    @staticmethod
+    def list_operators(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[str]:
+        """The names of the operators in the graph of the backward pass, which runs once."""
+        seen: list[str] = []
+
+        def record(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+            seen[:] = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            return make_boxed_func(graph.forward)
+
+        compiled: Any = torch.compile(
+            function, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True
+        )
+        with FunctionMode():
+            compiled(*inputs).sum().backward()
+        return seen
+
+    @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+    @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("cast", [None, torch.bfloat16])
+    def test_output_and_gradients_are_those_of_torch(
+        self, function: Callable[..., Tensor], order: torch.memory_format, cast: torch.dtype | None
+    ) -> None:
+        x, w, b = make_inputs(channels=5, order=order)
+
+        def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            with torch.autocast("cpu", cast, enabled=cast is not None):
+                return function(x.relu(), w, b, stride=2, padding=1)
+
+        compiled: Any = torch.compile(run, fullgraph=True)
+        with FunctionMode():
+            found = differentiate(compiled, (x, w, b))
+        for one, right in zip(found, differentiate(run, (x, w, b)), strict=True):
+            assert one.dtype == right.dtype
+            error = (one.double() - right.double()).abs().max() / right.double().abs().max()
+            assert error <= TOLERANCE[cast or one.dtype]
+        assert list(ROUTES.values()) == ["patches"]
+
+    def test_the_gradient_of_a_weight_is_a_product(self) -> None:
+        x, w, b = make_inputs()
+        names = self.list_operators(lambda x, w, b: F.conv2d(x, w, b), (x.detach(), w, b))
+        assert "aten.mm.default" in names and "aten.convolution_backward.default" not in names
+
+    def test_a_size_that_is_kept_open_is_left_to_torch(self) -> None:
+        _, w, b = make_inputs()
+
+        def run(x: Tensor) -> Tensor:
+            return F.conv2d(x, w, b)
+
+        compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+        for size in (6, 9):
+            x = make_inputs(size=size)[0]
+            with FunctionMode():
+                out = compiled(x)
+            assert torch.equal(out, F.conv2d(x, w, b))
+        assert not ROUTES

@@ -40,11 +40,11 @@ Function = Callable[..., Any]
 class Fast:
     """What takes a function's place, what does in compiled code, and the kernels without which that is no gain.
 
-    traced: None where compiled code keeps torch's. kernels: None where it is made of torch's own functions.
+    kernels: None where it is made of torch's own functions.
     """
 
     eager: Function
-    traced: Function | None
+    traced: Function
     kernels: Kernels | None
 
     @property
@@ -65,8 +65,8 @@ FAST: Mapping[Function, Fast] = {
         traced.scaled_dot_product_attention,
         scaled_attention.KERNELS,
     ),
-    F.conv2d: Fast(patches.conv2d, None, None),
-    F.conv_transpose2d: Fast(patches.conv_transpose2d, None, None),
+    F.conv2d: Fast(patches.conv2d, patches.conv2d, None),
+    F.conv_transpose2d: Fast(patches.conv_transpose2d, patches.conv_transpose2d, None),
 }
 """torch function -> what takes its place."""
 
@@ -91,8 +91,8 @@ class FunctionMode(TorchFunctionMode):
 
     `called` has those of FAST that were called so far, in eager code.
 
-    Subclasses of Tensor keep torch's own. In compiled code, if it is called inside the block, those of FAST become operators
-    in its graph (`numerics.traced`), and no others are replaced.
+    Subclasses of Tensor keep torch's own. In compiled code, if it is called inside the block, those of FAST are written
+    into its graph (`numerics.traced`), and no others are replaced.
 
     Examples:
         >>> with FunctionMode({torch.tanh: lambda x: x + 1}):
@@ -107,7 +107,7 @@ class FunctionMode(TorchFunctionMode):
         if replacements is None:
             usable = {theirs: fast for theirs, fast in FAST.items() if fast.is_usable}
             replacements = {theirs: Noted(theirs, fast.eager, self.called) for theirs, fast in usable.items()}
-            self.traced = {theirs: fast.traced for theirs, fast in usable.items() if fast.traced}
+            self.traced = {theirs: fast.traced for theirs, fast in usable.items()}
         self.replacements = dict(replacements)
 
     def __torch_function__(

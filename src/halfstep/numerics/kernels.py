@@ -181,6 +181,20 @@ def hold_constant(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+def has_fixed_shape(*tensors: Tensor) -> bool:
+    """False where a compiler keeps a size of one of them open; its graph then serves many.
+
+    Examples:
+        >>> has_fixed_shape(torch.ones(2, 3))
+        True
+    """
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports the compiler, which is there by now
+
+    return all(has_static_value(size) for tensor in tensors for size in tensor.shape)
+
+
 def find_obstacle(*tensors: Tensor, dtypes: Sequence[torch.dtype]) -> str:
     """Why a kernel cannot stand in for torch's function on these tensors, here and now; "" where it can, in compiled code as
     an operator.

@@ -6,15 +6,18 @@
 A transposed convolution is the same with x and grad_output in each other's place. Output and grad_input are torch's. oneDNN,
 which torch calls on a processor, computes the gradient of the weight without making patches; where images are small and a unit
 for products is fast (AMX) that takes up to eight times as long as making them and one large product (docs/experiments.md);
-elsewhere it is the faster way. So both are timed, once for every shape and with the tensors of the first call, and ROUTES
-remembers where patches won by over 10 %. Both round the same sums, taken in another order: put back ROUTES of a run
-(`ROUTES.update`) to repeat it bit for bit, or let none be timed, by torch.use_deterministic_algorithms(True).
+elsewhere it is the faster way. So both are timed, once for every shape, and ROUTES remembers where patches won by over 10 %.
+Both round the same sums, taken in another order: put back ROUTES of a run (`ROUTES.update`) to repeat it bit for bit, or let
+none be timed, by torch.use_deterministic_algorithms(True).
+
+In compiled code the same functions are traced, and what surrounds the products is fused; shapes are timed meanwhile.
 
 Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfstep.numerics.kernels import PLAIN, find_obstacle
+from halfstep.numerics.kernels import PLAIN, find_obstacle, has_fixed_shape, hold_constant
 from halfstep.numerics.routes import measure_route
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,6 +36,7 @@ GAIN = 0.9  # of torch's time, below which patches are taken
 
 Route = Literal["patches", "torch"]
 Pair = tuple[int, int]
+Place = tuple[tuple[int, ...], bool]  # a shape, and whether it is contiguous in memory or else channels_last
 
 
 class Window(NamedTuple):
@@ -220,19 +224,26 @@ def may_pay(images: Sequence[int], weight: Sequence[int], window: Window, dtype:
 def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) -> Route:
     """Which way was faster when this shape was first seen.
 
-    torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; and where images come in
-    ever new sizes.
+    torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; where images come in ever new
+    sizes; and where a compiler keeps their size open.
 
     Examples:
         >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
         'torch'
     """
-    if not may_pay(x.shape, weight.shape, window, dtype):
+    if not (has_fixed_shape(x, weight) and may_pay(x.shape, weight.shape, window, dtype)):
         return "torch"
-    order = "contiguous" if x.is_contiguous() else "channels_last"
+    images, filters = ((tuple(t.shape), t.is_contiguous()) for t in (x, weight))
+    return _time_route(images, filters, tuple(window), dtype)
+
+
+@hold_constant
+def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype) -> Route:
+    """window: as a plain tuple, since the compiler loses the numbers of a named one."""
+    moves = Window(*window)
     shape = Shape(
-        "x".join(map(str, x.shape)), "x".join(map(str, weight.shape)), str(tuple(window)),
-        str(dtype).removeprefix("torch."), order, torch.get_num_threads(),
+        "x".join(map(str, images[0])), "x".join(map(str, weight[0])), str(window),
+        str(dtype).removeprefix("torch."), "contiguous" if images[1] else "channels_last", torch.get_num_threads(),
     )  # fmt: skip
     if shape in ROUTES:
         return ROUTES[shape]
@@ -240,14 +251,20 @@ def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) ->
     if sizes >= MOST_SIZES or torch.are_deterministic_algorithms_enabled():
         return "torch"
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        images, filters = x.detach().to(dtype), weight.detach().to(dtype)
-        gradient = _convolve(images, filters, None, window)
+        x, filters = _make_ones(images, dtype), _make_ones(weight, dtype)
+        gradient = _convolve(x, filters, None, moves)
         seconds = measure_route({
-            "patches": lambda: _multiply(gradient, images, filters, window),
-            "torch": lambda: _convolve_backward(gradient, images, filters, window, [False, True, False]),
+            "patches": lambda: _multiply(gradient, x, filters, moves),
+            "torch": lambda: _convolve_backward(gradient, x, filters, moves, [False, True, False]),
         })  # fmt: skip
     ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
     return ROUTES[shape]
+
+
+def _make_ones(place: Place, dtype: torch.dtype) -> Tensor:
+    shape, is_contiguous = place
+    order = torch.contiguous_format if is_contiguous else torch.channels_last
+    return torch.ones(shape, dtype=dtype).contiguous(memory_format=order)
 
 
 def _multiply(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
@@ -276,23 +293,28 @@ def _spread(window: Window) -> tuple[Any, ...]:
 
 
 class _Convolution(torch.autograd.Function):
+    """Of operands as autocast has cast them."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.window = window
-        with torch.autocast("cpu", enabled=False):
-            return _convolve(x, weight, bias, window)
+        return _convolve(x, weight, bias, window)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, weight), window = gradients, ctx.saved_tensors, ctx.window
         wanted = list(ctx.needs_input_grad[:3])
         is_plain = type(gradient) in PLAIN and not torch._C._are_functorch_transforms_active()
-        by_patches = wanted[1] and is_plain and not torch.is_grad_enabled()  # torch's way has second derivatives
-        with torch.autocast("cpu", enabled=False):
-            if not by_patches:
-                return *_convolve_backward(gradient, x, weight, window, wanted), None
-            x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
-            # torch's gradient of the bias would bring that of the weight along
-            bias_gradient = gradient.sum((0, 2, 3)) if wanted[2] else None
+        if not wanted[1] or not is_plain or torch.is_grad_enabled():  # torch's way has second derivatives
+            return *_convolve_backward(gradient, x, weight, window, wanted), None
+        x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
+        # torch's gradient of the bias would bring that of the weight along
+        bias_gradient = gradient.sum((0, 2, 3)) if wanted[2] else None
+        with _leave_autocast():
             return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None
+
+
+def _leave_autocast() -> AbstractContextManager[object]:
+    """For a backward pass inside of autocast; a compiled one has that of its forward pass, and must not leave it while traced."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.autocast("cpu", enabled=False)

@@ -12,6 +12,8 @@ checkpointing runs code again. It merges equal calls all the same, where there i
 
 Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
 compiler keeps a size open, calls without dropout are left to torch.
+
+Convolutions need nothing here: the functions of `patches` are made of torch's own, which the compiler traces and fuses.
 """
 
 import itertools
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 
 from halfstep.numerics import dropouts, losses, scaled_attention
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
-from halfstep.numerics.kernels import hold_constant
+from halfstep.numerics.kernels import has_fixed_shape, hold_constant
 from halfstep.numerics.scaled_attention import Route, Rule
 
 _numbers = itertools.count()
@@ -224,10 +226,8 @@ def scaled_dot_product_attention(
 
 
 def _is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> bool:
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports the compiler, which is there by now
-
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if not all(has_static_value(n) for t in tensors for n in t.shape):
+    if not has_fixed_shape(*tensors):
         return False
     shapes = [tuple(t.shape) for t in tensors]
     route = _time_route(shapes, query.dtype, None if mask is None else mask.dtype, scale, causal)
