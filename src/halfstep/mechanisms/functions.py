@@ -5,6 +5,7 @@
                                     each way
     scaled_dot_product_attention    torch leaves its fast way where there is dropout, and is slow for short sequences; here it
                                     is two batched products and a pass between them, where that was timed to be faster
+    gelu                            torch computes an error function for every bf16 number; here all there are have been computed
     conv2d, conv_transpose2d        torch computes the gradient of a weight without making patches of the images; here it is one
                                     product of patches, where that was timed to be faster
 
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import PrecisionWarning
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts, losses, patches, scaled_attention, traced
+from halfstep.numerics import dropouts, gelu, losses, patches, scaled_attention, traced
 from halfstep.numerics.kernels import PLAIN, Kernels
 
 Function = Callable[..., Any]
@@ -65,6 +66,7 @@ FAST: Mapping[Function, Fast] = {
         traced.scaled_dot_product_attention,
         scaled_attention.KERNELS,
     ),
+    F.gelu: Fast(gelu.gelu, F.gelu, gelu.KERNELS),  # a compiler fuses torch's with what stands around it
     F.conv2d: Fast(patches.conv2d, patches.conv2d, None),
     F.conv_transpose2d: Fast(patches.conv_transpose2d, patches.conv_transpose2d, None),
 }

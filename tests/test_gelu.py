@@ -1,0 +1,129 @@
+"""GELU in bf16: every number beside fp64, in value and derivative; layouts, edges, and what is left to torch."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfstep.mechanisms.functions import FunctionMode
+from halfstep.numerics import gelu as module
+from halfstep.numerics.gelu import KERNELS, explain_gelu, gelu
+from helpers import seeded
+
+pytestmark = pytest.mark.skipif(KERNELS.library.functions is None, reason=KERNELS.library.why)
+BF16 = torch.bfloat16
+NUMBERS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of any size go by kernel."""
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 0)
+
+
+def differentiate(x: Tensor, gradient: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = gelu(x, approximate=approximate)
+    assert "_Gelu" in type(y.grad_fn).__name__
+    return y.detach(), torch.autograd.grad(y, x, gradient)[0]
+
+
+def find_truth(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and derivative in fp64, without a difference of large numbers."""
+    wide = x.double()
+    below = torch.tensor([math.erfc(-number / math.sqrt(2)) / 2 for number in wide.tolist()], dtype=torch.float64)
+    return wide * below, below + wide * torch.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def test_every_value_is_the_nearest_and_every_slope_is_rounded_once() -> None:
+    x = NUMBERS[NUMBERS.isfinite()]
+    found, truth = differentiate(x, torch.ones_like(x)), find_truth(x)
+    unit = torch.exp2(truth[0].abs().clamp_min(2.0**-126).log2().floor() - 7)
+    assert bool(((found[0].double() - truth[0]).abs() <= unit / 2).all())
+    assert torch.equal(found[1], truth[1].float().to(BF16))
+    assert not torch.equal(F.gelu(x), truth[0].to(BF16))
+
+
+def test_the_approximation_by_tanh_is_torchs_in_fp64() -> None:
+    x = NUMBERS[NUMBERS.isfinite()]
+    wide = x.double().requires_grad_()
+    truth = F.gelu(wide, approximate="tanh")
+    (slope,) = torch.autograd.grad(truth.sum(), wide)
+    values, slopes = differentiate(x, torch.ones_like(x), "tanh")
+    assert torch.equal(values, truth.detach().to(BF16)) and torch.equal(slopes, slope.float().to(BF16))
+
+
+def test_a_gradient_is_multiplied_before_it_is_rounded() -> None:
+    with seeded(0):
+        x, gradient = (torch.randn(5000).to(BF16) for _ in range(2))
+    slopes = differentiate(x, gradient)[1]
+    assert torch.equal(slopes, (find_truth(x)[1].float() * gradient.float()).to(BF16))
+
+
+def test_numbers_that_are_not_finite() -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=BF16)
+    values, slopes = differentiate(x, torch.ones_like(x))
+    assert torch.equal(values.nan_to_num(7.0, posinf=8.0), torch.tensor([7.0, 8.0, 7.0, 0.0], dtype=BF16))
+    assert torch.equal(slopes.nan_to_num(7.0), torch.tensor([7.0, 7.0, 7.0, 0.5], dtype=BF16))
+    assert math.copysign(1.0, values[3].item()) == -1.0
+
+
+def arrange(x: Tensor, order: str) -> Tensor:
+    """The same numbers in another order of memory, where their shape allows it."""
+    match order:
+        case "transposed" if x.ndim > 1:
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
+        case "strided" if x.ndim:
+            return torch.stack([x, x], -1)[..., 0]
+        case "expanded" if x.numel() > 1:
+            return x[:1].expand_as(x)
+        case "channels_last" if x.ndim == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5, 2, 7), (2, 3, 4, 5000)])
+@pytest.mark.parametrize("order", ["contiguous", "transposed", "strided", "expanded", "channels_last"])
+@pytest.mark.parametrize("order_of_gradient", ["contiguous", "expanded", "channels_last"])
+def test_any_layout(shape: tuple[int, ...], order: str, order_of_gradient: str) -> None:
+    with seeded(0):
+        x, gradient = torch.randn(shape).to(BF16), torch.randn(shape).to(BF16)
+    x, gradient = arrange(x, order), arrange(gradient, order_of_gradient)
+    values, slopes = differentiate(x, gradient)
+    plain, plain_slopes = differentiate(x.clone(memory_format=torch.contiguous_format), gradient.contiguous())
+    assert torch.equal(values, plain) and torch.equal(slopes, plain_slopes)
+    assert values.stride() == F.gelu(x).stride() or not values.numel()
+
+
+def test_second_derivatives_are_torchs() -> None:
+    with seeded(0):
+        x = torch.randn(50).to(BF16).requires_grad_()
+    found = []
+    for function in (gelu, F.gelu):
+        (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_what_is_left_to_torch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8).to(BF16)
+    assert explain_gelu(x) == ""
+    assert explain_gelu(x.float()) == "dtype float32"
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 9)
+    assert explain_gelu(x) == "approximate none, 8 numbers"
+    assert torch.equal(gelu(x), F.gelu(x))
+    with pytest.raises(RuntimeError, match="approximate"):
+        gelu(x, approximate="erf")
+
+
+def test_modules_in_the_block_use_it_and_compiled_code_keeps_torchs() -> None:
+    x = torch.randn(4, 8).to(BF16).requires_grad_()
+    compiled: Any = torch.compile(nn.GELU(), backend="aot_eager", fullgraph=True)
+    with FunctionMode() as mode:
+        assert "_Gelu" in type(nn.GELU()(x).grad_fn).__name__
+        assert torch.equal(compiled(x), F.gelu(x).detach()) or torch.allclose(compiled(x), nn.GELU()(x), rtol=2**-7)
+    assert list(mode.called) == [F.gelu]
+    assert torch.equal(compiled(x), F.gelu(x))
