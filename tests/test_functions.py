@@ -342,3 +342,24 @@ def test_logits_that_were_changed_in_place_are_torchs_own_error() -> None:
     logits.mul_(2)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*is at version 1; expected version 0"):
         loss.backward()
+
+
+@pytest.mark.parametrize("mode", [FunctionMode(), OperatorMode("bf16", "cpu")])
+def test_what_a_compiler_cannot_trace_runs_beside_it(mode: Any) -> None:
+    """nn.LSTM is left out of graphs, and what it calls is taken frame by frame, that of the mode too."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.lstm = nn.Embedding(5, 8), nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden: Tensor = self.lstm(self.token(tokens))[0]
+            return hidden
+
+    with seeded(0):
+        model = Recurrent()
+    tokens = torch.arange(6).remainder(5).view(2, 3)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    with mode:
+        torch.testing.assert_close(compiled(tokens), model(tokens))

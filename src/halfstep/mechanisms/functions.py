@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from halfstep.errors import PrecisionWarning
 from halfstep.insides import BACKWARD, INSIDES
 from halfstep.numerics import dropouts, gelu, losses, patches, scaled_attention, traced
-from halfstep.numerics.kernels import PLAIN, Kernels
+from halfstep.numerics.kernels import PLAIN, Kernels, hide_frame
 
 Function = Callable[..., Any]
 
@@ -112,6 +112,7 @@ class FunctionMode(TorchFunctionMode):
             self.traced = {theirs: fast.traced for theirs, fast in usable.items()}
         self.replacements = dict(replacements)
 
+    @hide_frame
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

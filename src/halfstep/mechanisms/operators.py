@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import UnsupportedError, describe_unknown
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics.kernels import PLAIN
+from halfstep.numerics.kernels import PLAIN, hide_frame
 from halfstep.numerics.operations import DIFFERENCES, TABLE, Policy
 
 Function = Callable[..., Any]
@@ -219,6 +219,7 @@ class _Follower(TorchFunctionMode):
         self._calls = _respell(replacements)
         self._equals = {theirs: ours for theirs, ours in equals.items() if theirs not in self._calls}
 
+    @hide_frame
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -29,6 +29,7 @@ from typing import Any, ParamSpec, TypeVar
 import platformdirs
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 HOME = Path(__file__).parent
@@ -178,6 +179,24 @@ def hold_constant(function: Callable[P, R]) -> Callable[P, R]:
         ...     return torch.get_num_threads()
     """
     vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+def hide_frame(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the compiler begin no graph in it, nor in what it calls; graphs begun elsewhere still lead through it.
+
+    As torch._dynamo's skip_code does, which would import the compiler. Where that cannot trace a part of a model (nn.LSTM), it
+    takes the frames it finds there one by one, those of a torch function mode as well; and in its graph of such a frame the
+    dtype of a tensor comes out as a number.
+
+    Examples:
+        >>> @hide_frame
+        ... def call(function, *arguments):
+        ...     return function(*arguments)
+    """
+    skip = eval_frame._FrameAction.SKIP
+    strategy = eval_frame._FrameExecStrategy(skip, skip)  # of the frame, and of those in it
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
 
 
