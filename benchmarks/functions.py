@@ -1,4 +1,4 @@
-"""Dropout, cross entropy and attention beside torch's functions: time forward and backward, by turns.
+"""Dropout, GELU, cross entropy and attention beside torch's functions: time forward and backward, by turns.
 
     python benchmarks/functions.py                      writes benchmarks/results/functions.json
     python benchmarks/functions.py --rounds 2           a look
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from halfstep.machine.hardware import name_machine, read_load
 from halfstep.numerics import scaled_attention
 from halfstep.numerics.dropouts import KERNELS, dropout
+from halfstep.numerics.gelu import gelu
 from halfstep.numerics.losses import cross_entropy
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,8 @@ def list_cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(1 << 22).to(dtype).requires_grad_()
         yield f"dropout 4 Mi {str(dtype)[6:]}", lambda x=x: dropout(x, 0.1), lambda x=x: F.dropout(x, 0.1), (x,), {}
+    x = torch.randn(1 << 22).bfloat16().requires_grad_()
+    yield "gelu 4 Mi bfloat16", lambda x=x: gelu(x), lambda x=x: F.gelu(x), (x,), {}
     for classes in (8192, 256):
         x = (3 * torch.randn(2048, classes)).bfloat16().requires_grad_()
         y = torch.randint(0, classes, (2048,))
