@@ -73,7 +73,10 @@ def main() -> None:
     with tuned(ARMS["halfstep"], options.threads):
         for name in options.only.split(","):
             found = report["workloads"][name] = measure(name, options.pairs)
-            print(f"{name:14} step {found['step_ms']:8.1f} ms   look {found['look']:+7.1%}   training {found['share']:+.3%}", flush=True)
+            print(
+                f"{name:14} step {found['step_ms']:8.1f} ms   look {found['look']:+7.1%}   training {found['share']:+.3%}",
+                flush=True,
+            )
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
