@@ -136,10 +136,12 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def show(result: dict[str, Any]) -> Table:
     """A row for each workload and arm."""
-    table = Table("workload", "arm", title="Step times; ratio: arm / halfstep, above 1 halfstep is faster", box=None)
+    table = Table(title="Step times; ratio: arm / halfstep, above 1 halfstep is faster", box=None)
+    for column in ("workload", "arm"):
+        table.add_column(column, no_wrap=True, min_width=len(OURS_COMPILED))
     for column in ("step ms", "ratio", "(min to max)", "floor", "MiB", "set-up s", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("verdict")  # the only one that gives way to the others, as a failure's words may be long
     for name, workload in result["workloads"].items():
         for number, (arm, row) in enumerate(workload["arms"].items()):
             table.add_row(name if number == 0 else "", arm, *show_row(row))

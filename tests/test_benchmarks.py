@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -126,12 +127,17 @@ def test_a_disturbed_round_is_named() -> None:
 
 
 def test_arms_that_failed_are_shown_and_not_counted() -> None:
-    failed = [{"workload": "w", "arm": "halfstep-compile", "round": n, "error": "RuntimeError: no"} for n in range(3)]
+    failed = [
+        {"workload": "w", "arm": "halfstep-compile", "round": n, "error": "RuntimeError: " + "no" * 40}
+        for n in range(3)
+    ]
     arms = ["fp32", "halfstep", "halfstep-compile"]
     summary = summarize([*make_runs(), *failed], arms)
-    assert summary["workloads"]["w"]["arms"]["halfstep-compile"]["errors"] == ["RuntimeError: no"] * 3
+    assert summary["workloads"]["w"]["arms"]["halfstep-compile"]["errors"] == [failed[0]["error"]] * 3
     assert "halfstep-compile" not in summary["geomean"]
-    assert show(summary | {"arms": arms}).row_count == 3
+    with (console := Console(width=140)).capture() as shown:
+        console.print(show(summary | {"arms": arms}))
+    assert "halfstep-compile " in shown.get() and "failed: RuntimeError" in shown.get().replace("\n", "")
     assert show_means(summary | {"arms": arms}).row_count == 1  # fp32
 
 
