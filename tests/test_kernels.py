@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from halfstep.numerics import dropouts, gelu, kernels, losses, packing, scaled_attention
 
@@ -106,3 +107,11 @@ def test_a_folder_that_cannot_be_written_leaves_the_truth(monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(kernels.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert packing.KERNELS.find(tmp_path / "file").functions is None
+
+
+@pytest.mark.parametrize("module", [packing, dropouts, gelu, losses, scaled_attention])
+def test_kernels_are_tried_beside_modes_that_hand_out_tensors_without_memory(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    with FakeTensorMode(), torch.device("meta"):
+        assert (module.KERNELS.find(tmp_path).functions is None) == (module.KERNELS.library.functions is None)

@@ -171,6 +171,15 @@ def test_under_autocast_all_are_cast_and_weights_keep_their_gradient() -> None:
 
 
 @pytest.mark.usefixtures("by_patches")
+def test_a_backward_pass_inside_of_autocast_keeps_the_dtype_of_the_forward_pass() -> None:
+    x, w, b = make_inputs()
+    out, right = (function(x, w, b).square().sum() for function in (conv2d, F.conv2d))
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(out, w)
+    require_close(found, torch.autograd.grad(right, w)[0])
+
+
+@pytest.mark.usefixtures("by_patches")
 def test_second_derivatives_are_torchs() -> None:
     inputs = make_inputs(torch.float32)
 
@@ -390,3 +399,32 @@ class TestCompiled:
                 out = compiled(x)
             assert torch.equal(out, F.conv2d(x, w, b))
         assert not ROUTES
+
+    @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_in_fp32_inside_of_autocast_the_gradient_is_fp32(
+        self, function: Callable[..., Tensor], backend: str
+    ) -> None:
+        x, w, b = make_inputs(channels=5)
+
+        def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return function(x, w, b)
+
+        compiled: Any = torch.compile(run, backend=backend, fullgraph=True)
+        with FunctionMode(), torch.autocast("cpu", torch.bfloat16):
+            found = differentiate(compiled, (x, w, b))
+        for one, right in zip(found, differentiate(run, (x, w, b)), strict=True):
+            require_close(one, right)
+
+    def test_a_padding_that_is_kept_open_is_left_to_torch(self) -> None:
+        x, w, b = make_inputs()
+
+        def run(x: Tensor, w: Tensor, b: Tensor, padding: int) -> Tensor:
+            return F.conv2d(x, w, b, padding=padding)
+
+        compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
+        for padding in (1, 2, 3):
+            with FunctionMode():
+                out = compiled(x, w, b, padding)
+            assert torch.equal(out, run(x, w, b, padding))

@@ -5,7 +5,7 @@
 
 There are 65,536 numbers in bf16, so values and derivatives of all of them are computed once, in fp64, and looked up. A value is
 therefore the nearest there is, where torch's, from an error function made for fp32, loses its bits below -5; a gradient is
-rounded once. torch takes three times as long as memory does, two tables about half of that: numbers of a layer lie close
+rounded to bf16 once. torch takes three times as long as memory does, two tables about half of that: numbers of a layer lie close
 together, and so do their entries in the cache. The approximation by tanh has tables of its own.
 
 fp32 and fp16 are left to torch, as are second derivatives.
@@ -43,10 +43,10 @@ def explain_gelu(input: Tensor, approximate: str = "none") -> str:
     return "" if KERNELS.library.functions is not None else KERNELS.describe()
 
 
-def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.gelu`: any shape -> the same.
 
-    In bf16 on a processor. Others and small tensors are left to torch.
+    In bf16 on a processor. Others, small tensors and calls with an `out` are left to torch.
 
     Examples:
         >>> x = torch.full((1 << 16,), -1.0, dtype=torch.bfloat16)
@@ -55,6 +55,8 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
 
     Raises RuntimeError for an approximation that there is not, as torch does.
     """
+    if out is not None:
+        return F.gelu(input, approximate=approximate, out=out)  # type: ignore[call-arg]  # which torch takes, and hides
     if torch.compiler.is_compiling() or explain_gelu(input, approximate):
         return F.gelu(input, approximate=approximate)
     result: Tensor = _Gelu.apply(input, approximate)
@@ -70,13 +72,15 @@ def make_tables(approximate: str = "none") -> tuple[Tensor, Tensor]:
         >>> values[0x3F80].item(), round(slopes[0x3F80].item(), 5)  # of 1
         (0.83984375, 1.08332)
     """
-    with torch.enable_grad(), torch._C.DisableTorchFunction():
-        numbers = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16)
-        x = numbers.double().requires_grad_()
-        # a sum, 1 + erf, would lose what lies far below 0
-        value = x * torch.erfc(-x / math.sqrt(2)) / 2 if approximate == "none" else F.gelu(x, approximate=approximate)
-        (slope,) = torch.autograd.grad(value.sum(), x)
-    return value.detach().to(torch.bfloat16).float(), slope.float()
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        x = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16).double()
+        if approximate == "none":
+            below = torch.erfc(-x / math.sqrt(2)) / 2  # (1 + erf) / 2 would lose what lies far below 0
+            value, slope = x * below, below + x * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+        else:
+            value = F.gelu(x, approximate=approximate)
+            slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+        return value.to(torch.bfloat16).float(), slope.float()
 
 
 class _Gelu(torch.autograd.Function):
@@ -89,7 +93,9 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,), (x,) = gradients, ctx.saved_tensors
-        if torch.is_grad_enabled() or find_obstacle(gradient, dtypes=DTYPES):
+        is_traced = torch.compiler.is_compiling()  # by a compiler of backward passes
+        # hooks may have unpacked x in another dtype
+        if is_traced or torch.is_grad_enabled() or find_obstacle(gradient, x, dtypes=DTYPES):
             return torch.ops.aten.gelu_backward(gradient, x, approximate=ctx.approximate), None
         return _look_up("multiply", make_tables(ctx.approximate)[1], x, gradient), None
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 HOME = Path(__file__).parent
 HEADER = HOME / "kernels.h"
@@ -125,7 +126,9 @@ class Kernels:
             except (OSError, AttributeError, subprocess.SubprocessError) as error:
                 failure = str(getattr(error, "stderr", "") or error).strip().partition("\n")[0]
                 continue
-            if not self.agrees(functions):
+            with _disable_current_modes(), torch._C.DisableTorchFunction():  # some modes give tensors without memory
+                agrees = self.agrees(functions)
+            if not agrees:
                 failure = f"what was compiled does not compute what {self.source.stem}.py says"
                 continue
             return Library(functions, f"{compiler} {' '.join(flags)}")
@@ -200,18 +203,18 @@ def hide_frame(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def has_fixed_shape(*tensors: Tensor) -> bool:
-    """False where a compiler keeps a size of one of them open; its graph then serves many.
+def are_fixed(numbers: Iterable[int]) -> bool:
+    """False where a compiler keeps one of them open, as the size of a tensor; its graph then serves many.
 
     Examples:
-        >>> has_fixed_shape(torch.ones(2, 3))
+        >>> are_fixed(torch.ones(2, 3).shape)
         True
     """
     if not torch.compiler.is_compiling():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value  # imports the compiler, which is there by now
 
-    return all(has_static_value(size) for tensor in tensors for size in tensor.shape)
+    return all(map(has_static_value, numbers))
 
 
 def find_obstacle(*tensors: Tensor, dtypes: Sequence[torch.dtype]) -> str:
@@ -248,8 +251,11 @@ def _find_fault(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str:
         return f"device {tensor.device.type}"
     if tensor.layout != torch.strided:
         return f"layout {tensor.layout}"
-    if not torch.compiler.is_compiling() and tensor.is_neg():  # operators are given plain ones
-        return "a lazily negated view"
+    if not torch.compiler.is_compiling():  # operators are given plain ones
+        if tensor.is_neg():
+            return "a lazily negated view"
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):  # of torch.autograd.grad(is_grads_batched=True)
+            return "torch.vmap batches it"
     return "" if tensor.dtype in dtypes else f"dtype {str(tensor.dtype).removeprefix('torch.')}"
 
 

@@ -15,9 +15,9 @@ In compiled code the same functions are traced, and what surrounds the products 
 Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfstep.numerics.kernels import PLAIN, find_obstacle, has_fixed_shape, hold_constant
+from halfstep.numerics.kernels import PLAIN, are_fixed, find_obstacle, hold_constant
 from halfstep.numerics.routes import measure_route
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -101,7 +101,9 @@ def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Wi
     outputs, channels, *kernel = weight.shape
     patches = make_patches(x, (kernel[0], kernel[1]), window)
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
-    found = (rows.mT @ patches).view(outputs, *kernel, channels).permute(0, 3, 1, 2)
+    # autocast, that of a backward pass too, leaves products alone that write into a given tensor
+    product = torch.mm(rows.mT, patches, out=rows.new_empty(outputs, patches.shape[1]))
+    found = product.view(outputs, *kernel, channels).permute(0, 3, 1, 2)
     return found.contiguous() if weight.is_contiguous() else found
 
 
@@ -225,13 +227,14 @@ def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) ->
     """Which way was faster when this shape was first seen.
 
     torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; where images come in ever new
-    sizes; and where a compiler keeps their size open.
+    sizes; and where a compiler keeps a size or a number of the window open.
 
     Examples:
         >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
         'torch'
     """
-    if not (has_fixed_shape(x, weight) and may_pay(x.shape, weight.shape, window, dtype)):
+    numbers = itertools.chain(x.shape, weight.shape, *filter(None, window))
+    if not (are_fixed(numbers) and may_pay(x.shape, weight.shape, window, dtype)):
         return "torch"
     images, filters = ((tuple(t.shape), t.is_contiguous()) for t in (x, weight))
     return _time_route(images, filters, tuple(window), dtype)
@@ -264,7 +267,7 @@ def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: to
 def _make_ones(place: Place, dtype: torch.dtype) -> Tensor:
     shape, is_contiguous = place
     order = torch.contiguous_format if is_contiguous else torch.channels_last
-    return torch.ones(shape, dtype=dtype).contiguous(memory_format=order)
+    return torch.ones(shape, dtype=dtype, device="cpu").contiguous(memory_format=order)
 
 
 def _multiply(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
@@ -311,10 +314,4 @@ class _Convolution(torch.autograd.Function):
         x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
         # torch's gradient of the bias would bring that of the weight along
         bias_gradient = gradient.sum((0, 2, 3)) if wanted[2] else None
-        with _leave_autocast():
-            return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None
-
-
-def _leave_autocast() -> AbstractContextManager[object]:
-    """For a backward pass inside of autocast; a compiled one has that of its forward pass, and must not leave it while traced."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.autocast("cpu", enabled=False)
+        return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from halfstep.numerics import dropouts, losses, scaled_attention
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
-from halfstep.numerics.kernels import has_fixed_shape, hold_constant
+from halfstep.numerics.kernels import are_fixed, hold_constant
 from halfstep.numerics.scaled_attention import Route, Rule
 
 _numbers = itertools.count()
@@ -227,7 +227,7 @@ def scaled_dot_product_attention(
 
 def _is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> bool:
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if not has_fixed_shape(*tensors):
+    if not are_fixed(size for tensor in tensors for size in tensor.shape):
         return False
     shapes = [tuple(t.shape) for t in tensors]
     route = _time_route(shapes, query.dtype, None if mask is None else mask.dtype, scale, causal)
