@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from halfstep.machine.hardware import name_machine, read_load
 from halfstep.numerics import scaled_attention
 from halfstep.numerics.dropouts import KERNELS, dropout
-from halfstep.numerics.gelu import gelu
+from halfstep.numerics.gelus import gelu
 from halfstep.numerics.losses import cross_entropy
 
 ROOT = Path(__file__).parent.parent

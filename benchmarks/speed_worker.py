@@ -35,13 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import halfstep
 from halfstep.machine.profiles import get_profile
 from halfstep.machine.runtime import read_peak_memory, use_channels_last
-from halfstep.numerics import dropouts, gelu, losses, packing, rows, scaled_attention, updates
+from halfstep.numerics import dropouts, gelus, losses, packing, rows, scaled_attention, updates
 from speed_summary import REFERENCE
 from turns import END
 from workloads.catalogue import WORKLOADS
 from workloads.template import Trainer, Workload
 
-KERNELS = tuple(m.KERNELS for m in (dropouts, gelu, losses, packing, rows, scaled_attention, updates))
+KERNELS = tuple(m.KERNELS for m in (dropouts, gelus, losses, packing, rows, scaled_attention, updates))
 LARGE_SHAPES = ((2048, 2048, 2048), (4096, 1024, 4096), (1024, 4096, 1024), (2048, 512, 8192))  # m, k, n
 
 

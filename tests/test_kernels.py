@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from halfstep.numerics import dropouts, gelu, kernels, losses, packing, scaled_attention
+from halfstep.numerics import dropouts, gelus, kernels, losses, packing, scaled_attention
 
 
-@pytest.mark.parametrize("module", [packing, dropouts, gelu, losses, scaled_attention])
+@pytest.mark.parametrize("module", [packing, dropouts, gelus, losses, scaled_attention])
 def test_the_kernels_of_this_machine_run_natively_where_it_has_a_compiler(module: ModuleType) -> None:
     has_compiler = any(map(kernels.shutil.which, kernels.COMPILERS))
     assert module.KERNELS.describe().startswith("native: " if has_compiler else "torch: no C compiler")
 
 
-@pytest.mark.parametrize("module", [dropouts, gelu, losses, scaled_attention])
+@pytest.mark.parametrize("module", [dropouts, gelus, losses, scaled_attention])
 def test_without_a_compiler_torchs_functions_run(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     monkeypatch.setitem(module.KERNELS.__dict__, "library", kernels.Library(None, "no C compiler was found"))
     x, target = torch.ones(3, 8, 8, requires_grad=True), torch.arange(8)
     wide = torch.ones(1 << 16, dtype=torch.bfloat16, requires_grad=True)
     why, out = {
         dropouts: lambda: (dropouts.explain_dropout(x), dropouts.dropout(x)),
-        gelu: lambda: (gelu.explain_gelu(wide), gelu.gelu(wide)),
+        gelus: lambda: (gelus.explain_gelu(wide), gelus.gelu(wide)),
         losses: lambda: (losses.explain_cross_entropy(x[0], target), losses.cross_entropy(x[0], target)),
         scaled_attention: lambda: (
             scaled_attention.explain_attention(x, x, x),
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_truth(monkeypatch: pytest.Mo
     assert packing.KERNELS.find(tmp_path / "file").functions is None
 
 
-@pytest.mark.parametrize("module", [packing, dropouts, gelu, losses, scaled_attention])
+@pytest.mark.parametrize("module", [packing, dropouts, gelus, losses, scaled_attention])
 def test_kernels_are_tried_beside_modes_that_hand_out_tensors_without_memory(
     module: ModuleType, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ SPINE = [
     "numerics.packing",
     "numerics.norms",
     "numerics.dropouts",
+    "numerics.gelus",
     "numerics.codebooks",
     "numerics.updates",
     "numerics.rows",

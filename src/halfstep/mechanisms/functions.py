@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import PrecisionWarning
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts, gelu, losses, patches, scaled_attention, traced
+from halfstep.numerics import dropouts, gelus, losses, patches, scaled_attention, traced
 from halfstep.numerics.kernels import PLAIN, Kernels, hide_frame
 
 Function = Callable[..., Any]
@@ -66,7 +66,7 @@ FAST: Mapping[Function, Fast] = {
         traced.scaled_dot_product_attention,
         scaled_attention.KERNELS,
     ),
-    F.gelu: Fast(gelu.gelu, F.gelu, gelu.KERNELS),  # a compiler fuses torch's with what stands around it
+    F.gelu: Fast(gelus.gelu, F.gelu, gelus.KERNELS),  # a compiler fuses torch's with what stands around it
     F.conv2d: Fast(patches.conv2d, patches.conv2d, None),
     F.conv_transpose2d: Fast(patches.conv_transpose2d, patches.conv_transpose2d, None),
 }

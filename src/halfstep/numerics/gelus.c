@@ -1,4 +1,4 @@
-/* The kernels of numerics/gelu.py, which says what they compute. Numbers are bf16; a table has an fp32 number for each of theirs. */
+/* The kernels of numerics/gelus.py, which says what they compute. Numbers are bf16; a table has an fp32 number for each of theirs. */
 #include "kernels.h"
 
 void look_up(const uint32_t *table, const uint16_t *x, uint16_t *y, int64_t count) { /* of a table whose numbers are bf16's */

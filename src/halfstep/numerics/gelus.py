@@ -119,4 +119,4 @@ def _agrees(functions: ctypes.CDLL) -> bool:
     return torch.equal(found[0].float(), values) and torch.equal(found[1], (slopes * x.float()).to(torch.bfloat16))
 
 
-KERNELS = Kernels("gelu.c", {"look_up": [*[POINTER] * 3, COUNT], "multiply": [*[POINTER] * 4, COUNT]}, _agrees)
+KERNELS = Kernels("gelus.c", {"look_up": [*[POINTER] * 3, COUNT], "multiply": [*[POINTER] * 4, COUNT]}, _agrees)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from halfstep.mechanisms.functions import FunctionMode
-from halfstep.numerics import gelu as module
-from halfstep.numerics.gelu import KERNELS, explain_gelu, gelu
+from halfstep.numerics import gelus as module
+from halfstep.numerics.gelus import KERNELS, explain_gelu, gelu
 from helpers import seeded
 
 pytestmark = pytest.mark.skipif(KERNELS.library.functions is None, reason=KERNELS.library.why)
