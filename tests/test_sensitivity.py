@@ -199,6 +199,23 @@ def test_every_distinct_shape_is_timed_once_and_counted_as_often_as_it_runs(monk
     assert costs["2"].products == {"fp32": 4.0, "bf16": 1.0}
 
 
+def test_a_shape_that_seems_to_lose_is_timed_again_and_the_faster_times_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    disturbed = iter([9.0])
+
+    def product(shape: tuple[int, ...], format: str) -> float:
+        if shape == (4, 8, 3):
+            return 2.0  # in both
+        return 4.0 if format == "fp32" else next(disturbed, 1.0)
+
+    timed = pretend_times(monkeypatch, product)
+    with observe_shapes(model := nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))) as shapes:
+        model(torch.randn(4, 8))
+    first, second = measure_costs(shapes, ("fp32", "bf16"), Stopwatch())
+    assert first.gains("bf16") and first.products == {"fp32": 4.0, "bf16": 1.0}
+    assert not second.gains("bf16")
+    assert len(timed) == 8
+
+
 def test_casts_are_counted_for_inputs_and_outputs_of_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_times(monkeypatch, bf16_is_faster)
     monkeypatch.setattr(sensitivity, "_time_cast", lambda format, watch: 0.5)

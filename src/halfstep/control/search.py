@@ -29,6 +29,10 @@ class LayerCost:
     def total(self, format: str) -> float:
         return self.products[format] + self.casts.get(format, 0.0)
 
+    def gains(self, format: str) -> bool:
+        """Whether a 16-bit format takes less time than fp32, and by more than noise."""
+        return format in self.products and self.total("fp32") >= NOISE * self.total(format)
+
 
 UNTIMED = ("conv", "attention", "recurrent")  # kinds with members that multiply weights in ways that are not timed
 
@@ -98,7 +102,7 @@ def _master(format: str, master: str) -> str:
 
 def _rule(cost: LayerCost, narrow: str, master: str) -> Rule:
     shape, fp32 = describe_shape(cost.shape), cost.total("fp32")
-    if narrow not in cost.products or fp32 < NOISE * cost.total(narrow):
+    if not cost.gains(narrow):
         timed = [f"{f} {cost.total(f):.3g} ms" for f in cost.products if f != "fp32"]
         others = ", ".join(timed) or "no 16-bit format is fast here"
         why = f"{shape}: fp32 {fp32:.3g} ms, {others} with casts: no gain"

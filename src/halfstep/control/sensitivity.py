@@ -1,8 +1,8 @@
 """Choose a plan for this model on this machine: measure, search, and try the result on the whole model.
 
     observe   one forward pass: which products the model makes, in which shapes
-    time      each distinct shape once in fp32 and in every 16-bit format that may be the fastest, convolutions in both
-              memory formats
+    time      each distinct shape in fp32 and in every 16-bit format that may be the fastest, convolutions in both memory
+              formats; those that seem to gain nothing twice
     search    control/search: per layer, fp32 or the fastest format with its casts counted
     try       control/trials: the whole model on half the batch, with other memory formats, and against fp32
 
@@ -10,10 +10,11 @@
 time in its planned formats and all others in fp32, against the gradient in fp32.
 """
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -50,18 +51,25 @@ class Choice:
 
 
 def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watch: Stopwatch) -> list[LayerCost]:
-    """Time every distinct shape once, and give each layer its cost."""
+    """Time every distinct shape once, and give each layer its cost.
 
-    @cache
-    def measure(operation: str, shape: tuple[int, ...], format: str) -> float:
-        return sum(m.milliseconds for m in time_products(operation, shape, format, watch))
-
+    A shape that no 16-bit format seems to speed up is timed once more, and the faster times count: whatever else the machine
+    does just then would leave its layers in fp32 for the whole training.
+    """
+    timed: dict[tuple[str, tuple[int, ...], str], float] = {}
     per_number = {f: _time_cast(f, watch) for f in formats if f != "fp32"}
-    costs = []
-    for layer in shapes.values():
-        operations = ORDERED.get(layer.operation, {"": layer.operation})
+
+    def measure(layers: Iterable[LayerShape]) -> None:
+        distinct = dict.fromkeys((name, layer.shape) for layer in layers for name in _list_orders(layer).values())
+        for (operation, shape), format in itertools.product(distinct, formats):
+            found = sum(m.milliseconds for m in time_products(operation, shape, format, watch))
+            timed[operation, shape, format] = min(found, timed.get((operation, shape, format), math.inf))
+
+    def weigh(layer: LayerShape) -> LayerCost:
         times = {
-            format: {order: layer.calls * measure(name, layer.shape, format) for order, name in operations.items()}
+            format: {
+                order: layer.calls * timed[name, layer.shape, format] for order, name in _list_orders(layer).items()
+            }
             for format in formats
         }
         # forward converts the input, backward the gradient of the output; weights are stored in the format
@@ -69,8 +77,16 @@ def measure_costs(shapes: Mapping[str, LayerShape], formats: Sequence[str], watc
         casts = {format: numbers * ms for format, ms in per_number.items()}
         products = {format: min(found.values()) for format, found in times.items()}
         orders = times if layer.operation in ORDERED else {}
-        costs.append(LayerCost(path=layer.path, shape=layer.shape, products=products, casts=casts, orders=orders))
-    return costs
+        return LayerCost(path=layer.path, shape=layer.shape, products=products, casts=casts, orders=orders)
+
+    measure(shapes.values())
+    measure([layer for layer in shapes.values() if not any(map(weigh(layer).gains, per_number))])
+    return [weigh(layer) for layer in shapes.values()]
+
+
+def _list_orders(layer: LayerShape) -> Mapping[str, str]:
+    """Memory format -> what is timed for it."""
+    return ORDERED.get(layer.operation, {"": layer.operation})
 
 
 def measure_saved_costs(
