@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -121,13 +121,38 @@ def test_what_is_left_to_torch_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         gelu(x, approximate="erf")
 
 
-def test_modules_in_the_block_use_it_and_compiled_code_keeps_torchs() -> None:
-    x = NUMBERS[NUMBERS.isfinite()].view(-1, 2)
-    compiled: Any = torch.compile(nn.GELU(), backend="aot_eager", fullgraph=True)
+def test_modules_in_the_block_use_it() -> None:
+    x = NUMBERS[NUMBERS.isfinite()]
     with FunctionMode() as mode:
-        ours, theirs = nn.GELU()(x), compiled(x)
+        ours = nn.GELU()(x)
     assert list(mode.called) == [F.gelu]
-    assert torch.equal(theirs, F.gelu(x)) and not torch.equal(ours, theirs)
+    assert torch.equal(ours, gelu(x)) and not torch.equal(ours, F.gelu(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's own while it compiles
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_compiled_code_looks_up_too(backend: str, approximate: Literal["none", "tanh"]) -> None:
+    torch._dynamo.reset()
+    x, gradient = NUMBERS[NUMBERS.isfinite()].view(-1, 2), torch.tensor([1.0, -3.0], dtype=BF16)
+    compiled: Any = torch.compile(nn.GELU(approximate), backend=backend, fullgraph=True)
+    leaf = x.clone().requires_grad_()
+    with FunctionMode():
+        values = compiled(leaf)
+    (slopes,) = torch.autograd.grad(values, leaf, gradient.expand_as(x))
+    right = differentiate(x, gradient.expand_as(x), approximate)
+    assert torch.equal(values, right[0]) and torch.equal(slopes, right[1])
+
+
+def test_compiled_code_leaves_to_torch_what_eager_code_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    x, out = torch.randn(8).to(BF16), torch.empty(8, dtype=BF16)
+    compiled: Any = torch.compile(F.gelu, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 9)
+    with FunctionMode():
+        assert torch.equal(compiled(x), F.gelu(x))
+        assert torch.equal(compiled(x.float()), F.gelu(x.float()))
+        assert torch.equal(compiled(x, out=out), F.gelu(x)) and torch.equal(out, F.gelu(x))
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

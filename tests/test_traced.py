@@ -194,5 +194,7 @@ def test_operators_are_what_torch_asks_of_operators() -> None:
         (traced.attend, (q, q, q, mask, words, 0.5, False)),
         (traced.attend, (q, q, q, None, None, 0.5, True)),
         (traced.attend_backward, (gradient, *[q.detach()] * 3, weights, words, 0.5, False)),
+        (traced.look_up_gelu, (x.detach().bfloat16().requires_grad_(), "none")),
+        (traced.look_up_gelu_gradient, (x.detach().bfloat16(), x.detach().bfloat16().t().contiguous().t(), "tanh")),
     ):  # fmt: skip
         torch.library.opcheck(operator, arguments)

@@ -1,9 +1,13 @@
 """Trials of a whole model: they leave no trace, take half of a batch, and a plan under which the model fails is not taken."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from halfstep.control import trials
 from halfstep.control.trials import halve_batch, leave_no_trace, run_once, stay_wide, try_plan
 from halfstep.machine.timing import Stopwatch
 from halfstep.plan import Plan
@@ -76,3 +80,24 @@ def test_a_model_that_fails_in_16_bits_stays_in_fp32_with_the_error_as_its_reaso
     assert not wins
     assert {rule.compute for rule in stay_wide(given, why).rules} == {"fp32"}
     assert why.startswith("kept in fp32: in 16 bits the model raises ") and "weight" in why
+
+
+@pytest.mark.parametrize(
+    ("found", "wins", "tries"),
+    [([9.0], True, 1), ([10.0, 9.0], True, 2), ([10.0, 12.0], False, 2), ([9.7, 9.6, 1.0], False, 2)],
+)
+def test_a_plan_that_seems_to_lose_has_a_second_try(
+    monkeypatch: pytest.MonkeyPatch, found: list[float], wins: bool, tries: int
+) -> None:
+    left = list(found)
+
+    def race(
+        _model: nn.Module, _args: Any, _kwargs: Any, plans: Sequence[Plan], _watch: Any
+    ) -> dict[Plan, list[float]]:
+        return dict(zip(plans, ([10.0], [left.pop(0)]), strict=True))
+
+    monkeypatch.setattr(trials, "race", race)
+    plan = Plan.parse("compute=bf16")
+    won, why = try_plan(make_cnn(), (), {}, Plan.preset("32-true"), plan, Stopwatch("cpu"))
+    assert won == wins and len(found) - len(left) == tries
+    assert f"take {found[tries - 1]:.3g} ms under the plan and 10 ms in fp32" in why

@@ -66,7 +66,7 @@ FAST: Mapping[Function, Fast] = {
         traced.scaled_dot_product_attention,
         scaled_attention.KERNELS,
     ),
-    F.gelu: Fast(gelus.gelu, F.gelu, gelus.KERNELS),  # a compiler fuses torch's with what stands around it
+    F.gelu: Fast(gelus.gelu, traced.gelu, gelus.KERNELS),
     F.conv2d: Fast(patches.conv2d, patches.conv2d, None),
     F.conv_transpose2d: Fast(patches.conv_transpose2d, patches.conv_transpose2d, None),
 }

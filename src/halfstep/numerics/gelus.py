@@ -88,7 +88,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.approximate = approximate
-        return _look_up("look_up", make_tables(approximate)[0], x)
+        return look_up(x, approximate)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -97,7 +97,17 @@ class _Gelu(torch.autograd.Function):
         # hooks may have unpacked x in another dtype
         if is_traced or torch.is_grad_enabled() or find_obstacle(gradient, x, dtypes=DTYPES):
             return torch.ops.aten.gelu_backward(gradient, x, approximate=ctx.approximate), None
-        return _look_up("multiply", make_tables(ctx.approximate)[1], x, gradient), None
+        return multiply(gradient, x, ctx.approximate), None
+
+
+def look_up(x: Tensor, approximate: str) -> Tensor:
+    """gelu(x), from its table."""
+    return _look_up("look_up", make_tables(approximate)[0], x)
+
+
+def multiply(gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
+    """gradient * gelu'(x), from the table of derivatives."""
+    return _look_up("multiply", make_tables(approximate)[1], x, gradient)
 
 
 def _look_up(name: str, table: Tensor, x: Tensor, *others: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
     torch.nn.functional's function  ->  the same signature here, traced  ->  halfstep::draw_drop, drop, attend, ...
 
 A compiler cannot look into a kernel, and need not where the kernel is the faster of the two: it fuses torch's dropout with what
-stands around it, and still draws a number an element; it leaves torch's attention as it is; and it computes a cross entropy of
-16-bit logits in three passes. Around the operators everything is fused as before.
+stands around it, and still draws a number an element; it leaves torch's attention as it is; it computes a cross entropy of
+16-bit logits in three passes, and the derivative of a GELU again wherever that is read. Around the operators everything is
+fused as before.
 
-What each operator computes, and for what, stands in `dropouts`, `losses` and `scaled_attention`. Keys of noise come from torch's
-default generator by an operator that is tagged as random, so that the compiler puts the generator back where activation
-checkpointing runs code again. It merges equal calls all the same, where there is a backward pass: so every call has a number.
+What each operator computes, and for what, stands in `dropouts`, `losses`, `scaled_attention` and `gelus`. Keys of noise come
+from torch's default generator by an operator that is tagged as random, so that the compiler puts the generator back where
+activation checkpointing runs code again. It merges equal calls all the same, where there is a backward pass: so every call has
+a number.
 
 Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
 compiler keeps a size open, calls without dropout are left to torch.
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from halfstep.numerics import dropouts, losses, scaled_attention
+from halfstep.numerics import dropouts, gelus, losses, scaled_attention
 from halfstep.numerics.dropouts import LEVELS, Drop, draw_keys
 from halfstep.numerics.kernels import are_fixed, hold_constant
 from halfstep.numerics.scaled_attention import Route, Rule
@@ -119,6 +121,40 @@ def _losses_gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 measure_losses.register_autograd(_losses_gradient, setup_context=_keep_losses)
 
 
+@custom_op("halfstep::look_up_gelu", mutates_args=())
+def look_up_gelu(x: Tensor, approximate: str) -> Tensor:
+    """gelu(x), of bf16."""
+    return gelus.look_up(x, approximate)
+
+
+@look_up_gelu.register_fake
+def _(x: Tensor, approximate: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("halfstep::look_up_gelu_gradient", mutates_args=())
+def look_up_gelu_gradient(gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
+    """gradient * gelu'(x)."""
+    return gelus.multiply(gradient, x, approximate)
+
+
+@look_up_gelu_gradient.register_fake
+def _(gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.approximate = inputs
+    ctx.save_for_backward(x)
+
+
+def _gelu_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return look_up_gelu_gradient(gradient, *ctx.saved_tensors, ctx.approximate), None
+
+
+look_up_gelu.register_autograd(_gelu_gradient, setup_context=_keep_gelu)
+
+
 def _make_rule(words: Tensor | None, scale: float, causal: bool) -> Rule:
     return Rule(scale, causal, None if words is None else _read_drop(words))
 
@@ -179,6 +215,22 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         return F.dropout(input, p, training, inplace)
     dropped: Tensor = drop(input, draw_drop(input, p, number_call()))
     return dropped
+
+
+def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
+    """`gelus.gelu` in compiled code.
+
+    Examples:
+        >>> x = torch.full((1 << 16,), -1.0, dtype=torch.bfloat16)
+        >>> gelu(x)[0].item()
+        -0.158203125
+    """
+    if out is not None:
+        return F.gelu(input, approximate=approximate, out=out)  # type: ignore[call-arg]  # which torch takes, and hides
+    if gelus.explain_gelu(input, approximate):
+        return F.gelu(input, approximate=approximate)
+    result: Tensor = look_up_gelu(input, approximate)
+    return result
 
 
 def cross_entropy(
