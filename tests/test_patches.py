@@ -1,4 +1,4 @@
-"""Weight gradients of convolutions by products of patches: beside fp64, beside torch's own, and where which way is taken."""
+"""Products of convolutions by patches: beside fp64, beside torch's own, and where which way is taken."""
 
 import itertools
 import re
@@ -121,12 +121,13 @@ def test_output_and_gradients_are_those_of_torch(
 ) -> None:
     inputs = make_inputs(dtype, order=order)
     found, right = differentiate(conv2d, inputs, **options), differentiate(F.conv2d, inputs, **options)
-    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
-    assert found[2].stride() == inputs[1].stride()
+    assert [t.stride() for t in found] == [t.stride() for t in right]
     assert "_Convolution" in type(found[0].grad_fn).__name__
     wide = differentiate(F.conv2d, tuple(t.detach().double().requires_grad_() for t in inputs), **options)
-    for mine, exact in zip(found[2:], wide[2:], strict=True):
+    for mine, exact in zip(found, wide, strict=True):
         require_close(mine, exact)
+    if dtype == torch.float32:
+        assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
 
 
 @pytest.mark.usefixtures("by_patches")
@@ -144,10 +145,52 @@ def test_transposed_convolutions_have_the_gradients_of_torch(
     inputs = (x, w, b)
     found, right = (differentiate(f, inputs, **options) for f in (conv_transpose2d, F.conv_transpose2d))
     assert "_Convolution" in type(found[0].grad_fn).__name__ and "_Convolution" not in type(right[0].grad_fn).__name__
-    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    assert [t.stride() for t in found] == [t.stride() for t in right]
     wide = differentiate(F.conv_transpose2d, tuple(t.detach().double().requires_grad_() for t in inputs), **options)
-    for mine, exact in zip(found[2:], wide[2:], strict=True):
+    for mine, exact in zip(found, wide, strict=True):
         require_close(mine, exact)
+    if dtype == torch.float32:
+        assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+
+
+@pytest.mark.parametrize("routed", [set(c) for n in (1, 2, 3) for c in itertools.combinations(patches.PRODUCTS, n)])
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+def test_each_product_goes_its_own_way(monkeypatch: pytest.MonkeyPatch, routed: set[str], name: str) -> None:
+    asked: list[str] = []
+
+    def compute(product: Any, *arguments: Any) -> Tensor:
+        asked.append(product)
+        return computed(product, *arguments)
+
+    computed = patches.compute_by_patches
+    monkeypatch.setattr(patches, "compute_by_patches", compute)
+    monkeypatch.setattr(patches, "find_route", lambda *a: "patches" if a[-1] in routed else "torch")
+    inputs = make_inputs(torch.bfloat16, channels=5, order=torch.channels_last)
+    found = differentiate(getattr(patches, name), inputs, padding=1, dilation=2)
+    wide = tuple(t.detach().double().requires_grad_() for t in inputs)
+    for mine, exact in zip(found, differentiate(getattr(F, name), wide, padding=1, dilation=2), strict=True):
+        require_close(mine, exact)
+    assert set(asked) == routed and len(asked) == len(routed)
+
+
+@pytest.mark.parametrize(
+    ("window", "route"),
+    [
+        (Window((1, 1), (1, 1), (1, 1)), "patches"),
+        (Window((2, 1), (1, 1), (1, 1)), "torch"),  # a stride
+        (Window((1, 1), (3, 1), (1, 1)), "torch"),  # more around the images than the kernel reaches
+        (Window((1, 1), (3, 1), (2, 2)), "patches"),
+    ],
+)
+@pytest.mark.usefixtures("by_patches")
+def test_larger_images_are_made_by_patches_where_the_stride_is_1(window: Window, route: str) -> None:
+    x, w, _ = make_inputs(torch.bfloat16, channels=5)
+    assert find_route(x, w, window, torch.bfloat16, "grad_input") == route
+    assert find_route(x, w, window, torch.bfloat16, "output") == "patches"
+    turned = window._replace(output_padding=(0, 0))
+    assert find_route(x, w, turned, torch.bfloat16, "output") == route
+    assert find_route(x, w, turned, torch.bfloat16, "grad_input") == "patches"
+    assert find_route(x, w, window._replace(output_padding=(1, 0)), torch.bfloat16, "output") == "torch"
 
 
 @pytest.mark.usefixtures("by_patches")
@@ -379,7 +422,7 @@ class TestCompiled:
             assert one.dtype == right.dtype
             error = (one.double() - right.double()).abs().max() / right.double().abs().max()
             assert error <= TOLERANCE[cast or one.dtype]
-        assert list(ROUTES.values()) == ["patches"]
+        assert set(ROUTES.values()) == {"patches"}
 
     def test_the_gradient_of_a_weight_is_a_product(self) -> None:
         x, w, b = make_inputs()

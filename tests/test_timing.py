@@ -1,6 +1,8 @@
 """The stopwatch, and the products of a layer that are timed."""
 
 import pytest
+import torch
+from torch import Tensor
 
 from halfstep.machine.timing import DTYPES, PRODUCTS, Stopwatch, count_operations, time_products
 
@@ -19,18 +21,26 @@ def test_three_products_of_a_layer_are_timed(operation: str, shape: tuple[int, .
 @pytest.mark.parametrize(
     ("shape", "format", "ways"),
     [
-        ((8, 64, 64, 8, 8, 3, 1, 1), "bf16", 2),
-        ((8, 64, 64, 8, 8, 3, 1, 2), "bf16", 1),  # groups
-        ((8, 64, 64, 8, 8, 3, 1, 1), "fp16", 1),
-        ((1, 4, 8, 6, 6, 3, 1, 1), "bf16", 1),  # too little to compute
-        ((64, 256, 4, 22, 22, 3, 1, 1), "bf16", 1),  # too much to keep
+        ((8, 64, 64, 8, 8, 3, 1, 1), "bf16", (2, 2, 2)),
+        ((32, 64, 64, 8, 8, 3, 2, 1), "bf16", (2, 1, 2)),  # a stride
+        ((8, 64, 64, 8, 8, 3, 1, 1), "fp32", (1, 1, 2)),
+        ((8, 64, 64, 8, 8, 3, 1, 2), "bf16", (1, 1, 1)),  # groups
+        ((8, 64, 64, 8, 8, 3, 1, 1), "fp16", (1, 1, 1)),
+        ((1, 4, 8, 6, 6, 3, 1, 1), "bf16", (1, 1, 1)),  # too little to compute
+        ((64, 256, 4, 22, 22, 3, 1, 1), "bf16", (1, 2, 1)),  # too much to keep
     ],
 )
-def test_the_gradient_of_a_weight_is_timed_by_patches_where_training_would_take_them(
-    shape: tuple[int, ...], format: str, ways: int
+def test_products_are_timed_by_patches_where_training_would_take_them(
+    shape: tuple[int, ...], format: str, ways: tuple[int, ...]
 ) -> None:
     calls = PRODUCTS["conv2d"](shape, DTYPES[format], "cpu")
-    assert [len(calls[product]) for product in ("output", "grad_input", "grad_weight")] == [1, 1, ways]
+    assert tuple(len(calls[product]) for product in ("output", "grad_input", "grad_weight")) == ways
+    for product in calls.values():
+        first, *others = (call() for call in product)
+        right = next(t for t in first if t is not None) if isinstance(first, tuple) else first
+        for found in others:
+            assert isinstance(found, Tensor) and isinstance(right, Tensor) and found.stride() == right.stride()
+            torch.testing.assert_close(found, right, rtol=0.02, atol=0.02 * float(right.abs().max()))
 
 
 def test_operations_are_counted_as_two_for_a_multiply_add() -> None:

@@ -10,8 +10,7 @@ from functools import partial
 
 import torch
 
-from halfstep.numerics.patches import DTYPES as DTYPES_BY_PATCHES
-from halfstep.numerics.patches import Window, find_weight_gradient, may_pay
+from halfstep.numerics.patches import Product, Window, compute_by_patches, may_pay
 from halfstep.records import Measurement
 
 DTYPES: dict[str, torch.dtype] = {
@@ -55,7 +54,9 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-Calls = dict[str, list[Callable[[], object]]]  # product -> the ways to compute it, of which a layer takes the fastest
+Calls = dict[
+    Product, list[Callable[[], object]]
+]  # product -> the ways to compute it, of which a layer takes the fastest
 
 
 def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Calls:
@@ -83,18 +84,15 @@ def _conv_calls(
             g, x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], groups, wanted
         )
 
-    def by_patches() -> torch.Tensor:
-        return find_weight_gradient(g, x, w, window)
-
-    torchs = backward([False, True, False])
-    is_routed = (
-        device == "cpu" and groups == 1 and dtype in DTYPES_BY_PATCHES and may_pay(x.shape, w.shape, window, dtype)
-    )
-    return {
+    ways: Calls = {
         "output": [forward],
         "grad_input": [backward([True, False, False])],
-        "grad_weight": [torchs, by_patches] if is_routed else [torchs],
+        "grad_weight": [backward([False, True, False])],
     }
+    for product, calls in ways.items():
+        if device == "cpu" and groups == 1 and may_pay(x.shape, w.shape, window, dtype, product):
+            calls.append(partial(compute_by_patches, product, g, x, w, None, window))
+    return ways
 
 
 PRODUCTS: dict[str, Callable[[tuple[int, ...], torch.dtype, str], Calls]] = {

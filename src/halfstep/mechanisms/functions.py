@@ -6,7 +6,7 @@
     scaled_dot_product_attention    torch leaves its fast way where there is dropout, and is slow for short sequences; here it
                                     is two batched products and a pass between them, where that was timed to be faster
     gelu                            torch computes an error function for every bf16 number; here all there are have been computed
-    conv2d, conv_transpose2d        torch computes the gradient of a weight without making patches of the images; here it is one
+    conv2d, conv_transpose2d        torch computes output and gradients without making patches of the images; here each is one
                                     product of patches, where that was timed to be faster
 
 Each has torch's signature and hands over to torch's own where it does not apply; the modules of numerics say where. What they

@@ -1,14 +1,15 @@
-"""Convolutions whose weight's gradient is one product of patches, where that is faster than torch's kernel.
+"""Convolutions of which a product goes by patches, one large product of matrices, where that is faster than torch's kernel.
 
     patches[n, i, j, u, v, c]  = x[n, c, stride * i + dilation * u - padding, stride * j + dilation * v - padding], 0 outside of x
+    output[n, o, i, j]         = sum over u, v, c of weight[o, c, u, v] * patches[n, i, j, u, v, c]
     grad_weight[o, u, v, c]    = sum over n, i, j of grad_output[n, o, i, j] * patches[n, i, j, u, v, c]
+    grad_input                 = output of grad_output and the turned weight, weight[o, c, -u, -v], where the stride is 1
 
-A transposed convolution is the same with x and grad_output in each other's place. Output and grad_input are torch's. oneDNN,
-which torch calls on a processor, computes the gradient of the weight without making patches; where images are small and a unit
-for products is fast (AMX) that takes up to eight times as long as making them and one large product (docs/experiments.md);
-elsewhere it is the faster way. So both are timed, once for every shape, and ROUTES remembers where patches won by over 10 %.
-Both round the same sums, taken in another order: put back ROUTES of a run (`ROUTES.update`) to repeat it bit for bit, or let
-none be timed, by torch.use_deterministic_algorithms(True).
+A transposed convolution has output and grad_input in each other's place. oneDNN, which torch calls on a processor, makes no
+patches; where images are small and a unit for products is fast (AMX) that takes up to eight times as long as making them and
+one large product (docs/experiments.md); elsewhere it is the faster way. So both are timed, once for every shape and product,
+and ROUTES remembers where patches won by over 10 %. Both round the same sums, taken in another order: put back ROUTES of a run
+(`ROUTES.update`) to repeat it bit for bit, or let none be timed, by torch.use_deterministic_algorithms(True).
 
 In compiled code the same functions are traced, and what surrounds the products is fused; shapes are timed meanwhile.
 
@@ -17,9 +18,9 @@ Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neura
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,13 +29,19 @@ from torch.nn import functional as F
 from halfstep.numerics.kernels import PLAIN, are_fixed, find_obstacle, hold_constant
 from halfstep.numerics.routes import measure_route
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES: Mapping[str, tuple[torch.dtype, ...]] = {  # in fp32 patches of the others win by little, and seldom
+    "output": (torch.bfloat16,),
+    "grad_input": (torch.bfloat16,),
+    "grad_weight": (torch.float32, torch.bfloat16),
+}
 LEAST_WORK = 1 << 24  # operations of one product; below, calls take as long as arithmetic
 MOST_BYTES = 1 << 27  # of patches, which torch's way does not make
 MOST_SIZES = 16  # of images that are timed with one weight: with a size of its own for each batch it would never end
 GAIN = 0.9  # of torch's time, below which patches are taken
 
 Route = Literal["patches", "torch"]
+Product = Literal["output", "grad_input", "grad_weight"]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
 Pair = tuple[int, int]
 Place = tuple[tuple[int, ...], bool]  # a shape, and whether it is contiguous in memory or else channels_last
 
@@ -61,6 +68,7 @@ class Shape:
     dtype: str
     order: str  # of the images in memory
     threads: int
+    product: Product
 
 
 ROUTES: dict[Shape, Route] = {}
@@ -88,6 +96,35 @@ def make_patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
     ).reshape(batch * rows * columns, -1)
 
 
+def shrink(large: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """The convolution: [N, C, H, W], [O, C, kernel, kernel], [O] -> [N, O, rows, columns], in the order that torch gives it.
+
+    Examples:
+        >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
+        >>> shrink(x, w, None, Window((1, 1), (0, 0), (1, 1))).flatten().tolist()
+        [4.0, 4.0, 4.0, 4.0]
+    """
+    outputs, _, *kernel = weight.shape
+    patches = make_patches(large, (kernel[0], kernel[1]), window)
+    found = _multiply(patches, weight.permute(0, 2, 3, 1).reshape(outputs, -1).mT, bias)
+    return _make_images(found, _count_places(large.shape, kernel, window), large, weight)
+
+
+def grow(small: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """The transposed convolution with strides of 1: [N, O, rows, columns], [O, C, kernel, kernel], [C] -> [N, C, H, W].
+
+    Examples:
+        >>> x, w = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)
+        >>> grow(x, w, None, Window((1, 1), (0, 0), (1, 1))).flatten().tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    _, channels, *kernel = weight.shape
+    turned = _turn(kernel, window)
+    patches = make_patches(small, (kernel[0], kernel[1]), turned)
+    found = _multiply(patches, weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels), bias)
+    return _make_images(found, _count_places(small.shape, kernel, turned), small, weight)
+
+
 def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
     """The gradient of a weight [O, C, kernel, kernel], in its order of memory, from that of the output [N, O, rows, columns].
 
@@ -101,10 +138,31 @@ def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Wi
     outputs, channels, *kernel = weight.shape
     patches = make_patches(x, (kernel[0], kernel[1]), window)
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
-    # autocast, that of a backward pass too, leaves products alone that write into a given tensor
-    product = torch.mm(rows.mT, patches, out=rows.new_empty(outputs, patches.shape[1]))
-    found = product.view(outputs, *kernel, channels).permute(0, 3, 1, 2)
+    found = _multiply(rows.mT, patches).view(outputs, *kernel, channels).permute(0, 3, 1, 2)
     return found.contiguous() if weight.is_contiguous() else found
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Autocast, that of a backward pass too, leaves products alone that write into a given tensor."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def _turn(kernel: Sequence[int], window: Window) -> Window:
+    """How the turned kernel moves over the small images."""
+    down, across = (
+        dilation * (edge - 1) - padding
+        for edge, padding, dilation in zip(kernel, window.padding, window.dilation, strict=True)
+    )
+    return Window((1, 1), (down, across), window.dilation)
+
+
+def _make_images(rows: Tensor, places: Pair, *origins: Tensor) -> Tensor:
+    """[N * rows * columns, O] -> [N, O, rows, columns]: channels_last where an origin is, as torch's convolutions have it."""
+    images = rows.view(origins[0].shape[0], *places, -1).permute(0, 3, 1, 2)
+    last = torch.channels_last
+    is_last = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in origins)
+    return images if is_last else images.contiguous()
 
 
 def explain_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> str:
@@ -114,7 +172,7 @@ def explain_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, gr
         >>> explain_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
         'no gradient of the weight'
     """
-    if obstacle := find_obstacle(input, weight, *(() if bias is None else (bias,)), dtypes=DTYPES):
+    if obstacle := find_obstacle(input, weight, *(() if bias is None else (bias,)), dtypes=DTYPES["grad_weight"]):
         return obstacle
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return "no gradient of the weight"
@@ -128,7 +186,7 @@ def conv2d(
     """`torch.nn.functional.conv2d`: [N, C, H, W], [O, C / groups, kernel, kernel], [O] -> [N, O, rows, columns].
 
     In fp32 and bf16 on a processor; under autocast all are cast to its dtype. What is left to torch: groups, calls without a
-    gradient of the weight, and shapes for which patches are too large or not faster.
+    gradient of the weight, and products of shapes for which patches are too large or not faster.
 
     Examples:
         >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).flatten().tolist()
@@ -194,11 +252,16 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | No
     """The convolution of operands as autocast casts them; None where torch's way is to be taken."""
     is_cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if is_cast else input.dtype
-    fits = dtype in DTYPES and (is_cast or all(t is None or t.dtype == dtype for t in (weight, bias)))
-    if window is None or not fits or find_route(input, weight, window, dtype) == "torch":
+    fits = dtype in DTYPES["grad_weight"] and (is_cast or all(t is None or t.dtype == dtype for t in (weight, bias)))
+    outputs = weight.shape[0 if window is None or window.output_padding is None else 1]
+    if window is None or not fits or (bias is not None and bias.shape != (outputs,)):
+        return None
+    wanted = PRODUCTS if input.requires_grad else tuple(p for p in PRODUCTS if p != "grad_input")
+    routed = tuple(p for p in wanted if find_route(input, weight, window, dtype, p) == "patches")
+    if not routed:
         return None
     operands = (t if t is None or not is_cast else t.to(dtype) for t in (input, weight, bias))
-    result: Tensor = _Convolution.apply(*operands, window)
+    result: Tensor = _Convolution.apply(*operands, window, routed)
     return result
 
 
@@ -210,20 +273,46 @@ def _count_places(images: Sequence[int], kernel: Sequence[int], window: Window) 
     return rows, columns
 
 
-def may_pay(images: Sequence[int], weight: Sequence[int], window: Window, dtype: torch.dtype) -> bool:
-    """Whether there is enough to compute and not too much to keep, given the shapes of images [N, C, H, W] and a weight.
+def may_pay(
+    images: Sequence[int], weight: Sequence[int], window: Window, dtype: torch.dtype, product: Product = "grad_weight"
+) -> bool:
+    """Whether patches can compute it, with enough to compute and not too much to keep.
+
+    images, weight: their shapes, [N, C, H, W] and [O, C, kernel, kernel]; of a transposed convolution [N, C, rows, columns] and
+        [C, O, kernel, kernel].
 
     Examples:
         >>> may_pay((64, 512, 4, 4), (512, 512, 3, 3), Window((1, 1), (1, 1), (1, 1)), torch.bfloat16)
         True
     """
-    is_transposed = window.output_padding is not None
-    places = images[0] * math.prod(images[2:] if is_transposed else _count_places(images, weight[2:], window))
-    numbers = places * math.prod(weight[1:])  # in patches
-    return 2 * numbers * weight[0] >= LEAST_WORK and numbers * dtype.itemsize <= MOST_BYTES
+    if dtype not in DTYPES[product]:
+        return False
+    small, large = _find_places(images, weight, window)
+    if _grows(product, window):
+        if window.stride != (1, 1) or any(window.output_padding or ()) or min(_turn(weight[2:], window).padding) < 0:
+            return False
+        numbers, others = images[0] * large * weight[0] * math.prod(weight[2:]), weight[1]
+    else:
+        numbers, others = images[0] * small * math.prod(weight[1:]), weight[0]
+    return 2 * numbers * others >= LEAST_WORK and numbers * dtype.itemsize <= MOST_BYTES  # numbers: in patches
 
 
-def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) -> Route:
+def _grows(product: Product, window: Window) -> bool:
+    """Whether it is the larger images that a product makes."""
+    return product == ("grad_input" if window.output_padding is None else "output")
+
+
+def _find_places(images: Sequence[int], weight: Sequence[int], window: Window) -> Pair:
+    """Places of the small and of the large images, of which one kind is given; the other of strides of 1."""
+    given = math.prod(images[2:])
+    if window.output_padding is None:
+        return math.prod(_count_places(images, weight[2:], window)), given
+    return given, math.prod(_count_places(images, weight[2:], _turn(weight[2:], window)))
+
+
+def find_route(
+    x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype, product: Product = "grad_weight"
+) -> Route:
     """Which way was faster when this shape was first seen.
 
     torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; where images come in ever new
@@ -234,19 +323,20 @@ def find_route(x: Tensor, weight: Tensor, window: Window, dtype: torch.dtype) ->
         'torch'
     """
     numbers = itertools.chain(x.shape, weight.shape, *filter(None, window))
-    if not (are_fixed(numbers) and may_pay(x.shape, weight.shape, window, dtype)):
+    if not (are_fixed(numbers) and may_pay(x.shape, weight.shape, window, dtype, product)):
         return "torch"
     images, filters = ((tuple(t.shape), t.is_contiguous()) for t in (x, weight))
-    return _time_route(images, filters, tuple(window), dtype)
+    return _time_route(images, filters, tuple(window), dtype, product)
 
 
 @hold_constant
-def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype) -> Route:
+def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype, product: Product) -> Route:
     """window: as a plain tuple, since the compiler loses the numbers of a named one."""
     moves = Window(*window)
     shape = Shape(
         "x".join(map(str, images[0])), "x".join(map(str, weight[0])), str(window),
         str(dtype).removeprefix("torch."), "contiguous" if images[1] else "channels_last", torch.get_num_threads(),
+        product,
     )  # fmt: skip
     if shape in ROUTES:
         return ROUTES[shape]
@@ -257,8 +347,8 @@ def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: to
         x, filters = _make_ones(images, dtype), _make_ones(weight, dtype)
         gradient = _convolve(x, filters, None, moves)
         seconds = measure_route({
-            "patches": lambda: _multiply(gradient, x, filters, moves),
-            "torch": lambda: _convolve_backward(gradient, x, filters, moves, [False, True, False]),
+            "patches": lambda: compute_by_patches(product, gradient, x, filters, None, moves),
+            "torch": lambda: _compute_by_torch(product, gradient, x, filters, moves),
         })  # fmt: skip
     ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
     return ROUTES[shape]
@@ -270,10 +360,26 @@ def _make_ones(place: Place, dtype: torch.dtype) -> Tensor:
     return torch.ones(shape, dtype=dtype, device="cpu").contiguous(memory_format=order)
 
 
-def _multiply(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """The gradient of the weight, by patches of the larger images."""
-    small, large = (gradient, x) if window.output_padding is None else (x, gradient)
-    return find_weight_gradient(small, large, weight, window)
+def compute_by_patches(
+    product: Product, gradient: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window
+) -> Tensor:
+    """One product of a convolution with that window.
+
+    gradient: of the output; not needed for the output.
+    bias: added to the output.
+    """
+    images = x if gradient is None else gradient
+    if product == "grad_weight":
+        small, large = (images, x) if window.output_padding is None else (x, images)
+        return find_weight_gradient(small, large, weight, window)
+    make = grow if _grows(product, window) else shrink
+    return make(x, weight, bias, window) if product == "output" else make(images, weight, None, window)
+
+
+def _compute_by_torch(product: Product, gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> object:
+    if product == "output":
+        return _convolve(x, weight, None, window)
+    return _convolve_backward(gradient, x, weight, window, [product == "grad_input", product == "grad_weight", False])
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
@@ -296,12 +402,16 @@ def _spread(window: Window) -> tuple[Any, ...]:
 
 
 class _Convolution(torch.autograd.Function):
-    """Of operands as autocast has cast them."""
+    """Of operands as autocast has cast them; routed: what goes by patches."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, routed: tuple[Product, ...]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.window = window
+        ctx.window, ctx.routed = window, routed
+        if "output" in routed:
+            return compute_by_patches("output", None, x, weight, bias, window)
         return _convolve(x, weight, bias, window)
 
     @staticmethod
@@ -309,9 +419,15 @@ class _Convolution(torch.autograd.Function):
         (gradient,), (x, weight), window = gradients, ctx.saved_tensors, ctx.window
         wanted = list(ctx.needs_input_grad[:3])
         is_plain = type(gradient) in PLAIN and not torch._C._are_functorch_transforms_active()
-        if not wanted[1] or not is_plain or torch.is_grad_enabled():  # torch's way has second derivatives
-            return *_convolve_backward(gradient, x, weight, window, wanted), None
-        x_gradient = _convolve_backward(gradient, x, weight, window, [True, False, False])[0] if wanted[0] else None
-        # torch's gradient of the bias would bring that of the weight along
-        bias_gradient = gradient.sum((0, 2, 3)) if wanted[2] else None
-        return x_gradient, _multiply(gradient, x, weight, window), bias_gradient, None
+        found: list[Tensor | None] = [None, None, None]
+        if is_plain and not torch.is_grad_enabled():  # torch's way has second derivatives
+            for place, product in enumerate(PRODUCTS[1:]):
+                if wanted[place] and product in ctx.routed:
+                    found[place] = compute_by_patches(product, gradient, x, weight, None, window)
+            if wanted[2] and found[1] is not None:  # torch's gradient of the bias would bring that of the weight along
+                found[2] = gradient.sum((0, 2, 3))
+        left = [asked and one is None for asked, one in zip(wanted, found, strict=True)]
+        if any(left):
+            rest = _convolve_backward(gradient, x, weight, window, left)
+            found = [one if one is not None else other for one, other in zip(found, rest, strict=True)]
+        return *found, None, None
