@@ -187,6 +187,20 @@ def test_outcome_says_whether_the_weights_moved(status: Literal["applied", "skip
     assert (outcome.applied, outcome.skipped) == (status == "applied", status == "skipped")
 
 
+def test_outcome_reads_as_one_line_without_what_does_not_matter() -> None:
+    plain = StepOutcome(status="accumulated", step=7, scale_before=1.0, scale_after=1.0)
+    assert str(plain) == "step 7: accumulated"
+    full = StepOutcome(
+        status="skipped", step=7, scale_before=65536.0, scale_after=65536.0, cause="the loss is nan", layer="net.fc",
+        gradient_norm=math.nan, recovery="weights of step 5 are back", stalls=("parameter group 0 stalls",),
+    )  # fmt: skip
+    assert str(full) == (
+        "step 7: skipped, the loss is nan; first in layer net.fc; gradient norm nan; loss scale 65536; "
+        "weights of step 5 are back; parameter group 0 stalls"
+    )
+    assert str(dataclasses.replace(full, cause="2 gradients of net.fc are not finite")).count("net.fc") == 1
+
+
 def test_profile_finds_a_capability_by_format() -> None:
     capability = Capability(format="bf16", status="native", ratio=2.0, ratio_best=3.0, why="timed")
     profile = HardwareProfile(

@@ -104,6 +104,26 @@ class StepOutcome(Record):
     def skipped(self) -> bool:
         return self.status == "skipped"
 
+    def __str__(self) -> str:
+        """One line: what was done, why, and the numbers that matter.
+
+        Examples:
+            >>> print(StepOutcome(status="applied", step=3, scale_before=1.0, scale_after=1.0, gradient_norm=0.25))
+            step 3: applied; gradient norm 0.25
+            >>> print(StepOutcome(status="skipped", step=3, scale_before=4.0, scale_after=2.0, cause="inf in fc.weight"))
+            step 3: skipped, inf in fc.weight; loss scale 4 -> 2
+        """
+        said = [f"step {self.step}: {self.status}{self.cause and f', {self.cause}'}"]
+        if self.layer and self.layer not in self.cause:
+            said.append(f"first in layer {self.layer}")
+        if self.gradient_norm is not None:
+            said.append(f"gradient norm {self.gradient_norm:.3g}")
+        if self.scale_before != self.scale_after:
+            said.append(f"loss scale {self.scale_before:g} -> {self.scale_after:g}")
+        elif self.scale_after != 1:
+            said.append(f"loss scale {self.scale_after:g}")
+        return "; ".join([*said, *filter(None, [self.recovery, *self.stalls])])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stall(Record):
