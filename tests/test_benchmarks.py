@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import compare_results
+import merge_results
 import scaling
 import speed
 import speed_worker
@@ -282,6 +283,28 @@ def test_two_results_are_compared_beyond_the_spread_of_both() -> None:
     assert rows["gone"]["only_in"] == "old" and rows["failed"]["only_in"] == "neither"
     assert compare_results.list_differences(old, new) == ["machine: one -> two"]
     assert compare_results.show(list(rows.values())).row_count == 5
+
+
+def make_part(workload: str, step_ms: float, **head: Any) -> dict[str, Any]:
+    runs = [make_run("halfstep", 0, step_ms, 2.0, workload=workload)]
+    same = dict.fromkeys(merge_results.SHARED, "same") | {"arms": ["halfstep"], "date": "2026-01-01", "steps": 4}
+    return same | summarize(runs, ["halfstep"]) | {"runs": runs} | head
+
+
+def test_parts_become_one_result_and_the_last_counts() -> None:
+    once = merge_results.merge([make_part("mlp", 5.0), make_part("gpt", 7.0, command="b"), make_part("mlp", 9.0)])
+    assert list(once["workloads"]) == ["gpt", "mlp"]  # in the order of the catalogue
+    assert once["workloads"]["mlp"]["arms"]["halfstep"]["step_ms"] == [9.0] and len(once["runs"]) == 2
+    assert [part["command"] for part in once["parts"]] == [None, "b", None]
+    twice = merge_results.merge([once, make_part("gpt", 8.0, date="2026-02-03", steps=20)])
+    assert [part["steps"] for part in twice["parts"]] == [4, 4, 4, 20] and twice["date"] == "2026-02-03"
+    assert twice["workloads"]["gpt"]["arms"]["halfstep"]["step_ms"] == [8.0]
+    assert show(twice).row_count == 2
+
+
+def test_parts_of_different_machines_are_not_merged() -> None:
+    with pytest.raises(ValueError, match="differ in machine, threads;"):
+        merge_results.merge([make_part("mlp", 5.0), make_part("gpt", 5.0, machine="other", threads=9)])
 
 
 def test_a_small_and_steady_change_is_not_marked() -> None:
