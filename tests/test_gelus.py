@@ -1,6 +1,7 @@
 """GELU in bf16: every number beside fp64, in value and derivative; layouts, edges, and what is left to torch."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,6 +154,35 @@ def test_compiled_code_leaves_to_torch_what_eager_code_does(monkeypatch: pytest.
         assert torch.equal(compiled(x), F.gelu(x))
         assert torch.equal(compiled(x.float()), F.gelu(x.float()))
         assert torch.equal(compiled(x, out=out), F.gelu(x)) and torch.equal(out, F.gelu(x))
+
+
+def test_sizes_that_depend_on_data_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 1 << 16)
+
+    def run(x: Tensor, chosen: Tensor) -> Tensor:
+        return F.gelu(x[chosen])
+
+    compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x, chosen = torch.randn(8, 4).to(BF16), torch.arange(8) % 2 == 0
+    with FunctionMode(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert torch.equal(compiled(x, chosen), F.gelu(x[chosen]))
+
+
+def test_without_a_compiled_backward_pass_hooks_and_second_derivatives_are_torchs() -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(F.gelu, backend="eager", fullgraph=True)
+    x = torch.linspace(-3, 3, 64).to(BF16).requires_grad_()
+    with FunctionMode(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.float(), lambda t: t):
+        y = compiled(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], differentiate(x, torch.ones_like(x))[1])
+    found = []
+    for function in (compiled, F.gelu):
+        with FunctionMode() if function is compiled else nullcontext():
+            y = function(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

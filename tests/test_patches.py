@@ -194,6 +194,69 @@ def test_larger_images_are_made_by_patches_where_the_stride_is_1(window: Window,
 
 
 @pytest.mark.usefixtures("by_patches")
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [3, 7])
+def test_an_output_may_be_written_to(name: str, order: torch.memory_format, size: int) -> None:
+    x, w, b = make_inputs(torch.bfloat16, size=size, channels=5, order=order)
+    x = x[..., :size].detach().contiguous(memory_format=order).requires_grad_()  # 1 x 1 places of the smaller size
+    found, right = (
+        differentiate(lambda *a, f=f: f(*a).relu_(), (x, w, b)) for f in (getattr(patches, name), getattr(F, name))
+    )
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+        assert one.stride() == other.stride()
+
+
+LAST = torch.channels_last
+
+
+@pytest.mark.usefixtures("by_patches")
+@pytest.mark.parametrize(
+    ("cut", "kernel", "weight_order"),
+    [
+        (lambda x: x[:, :4], 3, torch.contiguous_format),
+        (lambda x: x[:, :4, 1:-1, 1:-1], 3, LAST),
+        (lambda x: x[::2, :4], 3, torch.contiguous_format),
+        (lambda x: x[:, 1:5], 1, LAST),
+        (lambda x: x[:, :4].contiguous(), 3, LAST),
+        (lambda x: x[:, :4].contiguous()[..., 1:], 3, torch.contiguous_format),
+    ],
+)
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+def test_orders_of_memory_are_those_of_torch(
+    cut: Callable[[Tensor], Tensor], kernel: int, weight_order: torch.memory_format, name: str
+) -> None:
+    x = cut(make_inputs(torch.bfloat16, channels=8, order=LAST)[0].detach()).requires_grad_()
+    w = make_inputs(torch.bfloat16, channels=4, outputs=4, kernel=kernel, order=weight_order)[1]
+    found, right = (f(x, w) for f in (getattr(patches, name), getattr(F, name)))
+    assert "_Convolution" in type(found.grad_fn).__name__ and found.stride() == right.stride()
+    grads = [torch.autograd.grad(out.sum(), x)[0] for out in (found, right)]  # an expanded gradient
+    assert grads[0].stride() == grads[1].stride()
+
+
+@pytest.mark.usefixtures("by_patches")
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"stride": 2, "dilation": 3}])
+def test_an_output_padding_of_a_stride_or_more_is_torchs(options: dict[str, Any]) -> None:
+    x, w, _ = make_inputs(torch.bfloat16, channels=5)
+    added = options.get("stride", 1)
+    found, right = (
+        differentiate(f, (x, w), output_padding=added, **options) for f in (conv_transpose2d, F.conv_transpose2d)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+
+
+@pytest.mark.usefixtures("by_patches")
+def test_batched_gradients_are_torchs() -> None:
+    x, w, _ = make_inputs(torch.bfloat16)
+    out = conv2d(x, w)
+    batch = torch.ones(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, (x, w), batch, is_grads_batched=True, retain_graph=True)
+    for found, right in zip(batched, torch.autograd.grad(out, (x, w), batch[0]), strict=True):
+        require_close(found[2], right)
+
+
+@pytest.mark.usefixtures("by_patches")
 def test_a_batch_or_a_bias_without_a_gradient_gets_none() -> None:
     x, w, b = make_inputs()
     out, grad = differentiate(conv2d, (x.detach(), w, b.detach()))
@@ -428,6 +491,20 @@ class TestCompiled:
         x, w, b = make_inputs()
         names = self.list_operators(lambda x, w, b: F.conv2d(x, w, b), (x.detach(), w, b))
         assert "aten.mm.default" in names and "aten.convolution_backward.default" not in names
+
+    def test_only_the_gradient_of_a_weight_goes_by_patches(self) -> None:
+        """The compiler would keep the patches of the output for those of the weight's gradient."""
+        x, w, b = make_inputs(torch.bfloat16)
+
+        def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return F.relu_(F.conv2d(x, w, b))
+
+        compiled: Any = torch.compile(run, backend="aot_eager", fullgraph=True)
+        with FunctionMode():
+            found = differentiate(compiled, (x, w, b))
+        assert [shape.product for shape in ROUTES] == ["grad_weight"]
+        for one, right in zip(found, differentiate(conv2d, (x, w, b)), strict=True):
+            assert one.shape == right.shape
 
     def test_a_size_that_is_kept_open_is_left_to_torch(self) -> None:
         _, w, b = make_inputs()

@@ -11,7 +11,8 @@ one large product (docs/experiments.md); elsewhere it is the faster way. So both
 and ROUTES remembers where patches won by over 10 %. Both round the same sums, taken in another order: put back ROUTES of a run
 (`ROUTES.update`) to repeat it bit for bit, or let none be timed, by torch.use_deterministic_algorithms(True).
 
-In compiled code the same functions are traced, and what surrounds the products is fused; shapes are timed meanwhile.
+In compiled code the gradient of the weight alone goes by patches: the same functions are traced, and what surrounds the
+product is fused; shapes are timed meanwhile.
 
 Source: Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing", section 3.
 """
@@ -20,6 +21,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -96,33 +98,34 @@ def make_patches(x: Tensor, kernel: Pair, window: Window) -> Tensor:
     ).reshape(batch * rows * columns, -1)
 
 
-def shrink(large: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    """The convolution: [N, C, H, W], [O, C, kernel, kernel], [O] -> [N, O, rows, columns], in the order that torch gives it.
+def shrink(large: Tensor, weight: Tensor, bias: Tensor | None, window: Window, order: torch.memory_format) -> Tensor:
+    """The convolution: [N, C, H, W], [O, C, kernel, kernel], [O] -> [N, O, rows, columns], in that order of memory.
 
     Examples:
         >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)
-        >>> shrink(x, w, None, Window((1, 1), (0, 0), (1, 1))).flatten().tolist()
+        >>> shrink(x, w, None, Window((1, 1), (0, 0), (1, 1)), torch.channels_last).flatten().tolist()
         [4.0, 4.0, 4.0, 4.0]
     """
     outputs, _, *kernel = weight.shape
     patches = make_patches(large, (kernel[0], kernel[1]), window)
-    found = _multiply(patches, weight.permute(0, 2, 3, 1).reshape(outputs, -1).mT, bias)
-    return _make_images(found, _count_places(large.shape, kernel, window), large, weight)
+    shape = large.shape[0], outputs, *_count_places(large.shape, kernel, window)
+    return _multiply_to_images(patches, weight.permute(0, 2, 3, 1).reshape(outputs, -1).mT, bias, shape, order)
 
 
-def grow(small: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+def grow(small: Tensor, weight: Tensor, bias: Tensor | None, window: Window, order: torch.memory_format) -> Tensor:
     """The transposed convolution with strides of 1: [N, O, rows, columns], [O, C, kernel, kernel], [C] -> [N, C, H, W].
 
     Examples:
         >>> x, w = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)
-        >>> grow(x, w, None, Window((1, 1), (0, 0), (1, 1))).flatten().tolist()
+        >>> grow(x, w, None, Window((1, 1), (0, 0), (1, 1)), torch.contiguous_format).flatten().tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
     _, channels, *kernel = weight.shape
     turned = _turn(kernel, window)
     patches = make_patches(small, (kernel[0], kernel[1]), turned)
-    found = _multiply(patches, weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels), bias)
-    return _make_images(found, _count_places(small.shape, kernel, turned), small, weight)
+    shape = small.shape[0], channels, *_count_places(small.shape, kernel, turned)
+    filters = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)
+    return _multiply_to_images(patches, filters, bias, shape, order)
 
 
 def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
@@ -138,14 +141,26 @@ def find_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, window: Wi
     outputs, channels, *kernel = weight.shape
     patches = make_patches(x, (kernel[0], kernel[1]), window)
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
-    found = _multiply(rows.mT, patches).view(outputs, *kernel, channels).permute(0, 3, 1, 2)
+    found = _multiply(rows.mT, patches, None, rows.new_empty(outputs, patches.shape[1]))
+    found = found.view(outputs, *kernel, channels).permute(0, 3, 1, 2)
     return found.contiguous() if weight.is_contiguous() else found
 
 
-def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Autocast, that of a backward pass too, leaves products alone that write into a given tensor."""
-    out = a.new_empty(a.shape[0], b.shape[1])
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def _multiply_to_images(
+    a: Tensor, b: Tensor, bias: Tensor | None, shape: Sequence[int], order: torch.memory_format
+) -> Tensor:
+    """[N * rows * columns, n] times [n, O]: images of that shape, which are no view, so that they may be written to."""
+    batch, outputs, rows, columns = shape
+    images = torch.empty(
+        batch, outputs, rows, columns, dtype=a.dtype, device=a.device, memory_format=torch.channels_last
+    )
+    _multiply(a, b, bias, images.permute(0, 2, 3, 1).view(-1, outputs))
+    return images if order == torch.channels_last else images.clone(memory_format=torch.contiguous_format)
 
 
 def _turn(kernel: Sequence[int], window: Window) -> Window:
@@ -157,12 +172,26 @@ def _turn(kernel: Sequence[int], window: Window) -> Window:
     return Window((1, 1), (down, across), window.dilation)
 
 
-def _make_images(rows: Tensor, places: Pair, *origins: Tensor) -> Tensor:
-    """[N * rows * columns, O] -> [N, O, rows, columns]: channels_last where an origin is, as torch's convolutions have it."""
-    images = rows.view(origins[0].shape[0], *places, -1).permute(0, 3, 1, 2)
-    last = torch.channels_last
-    is_last = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in origins)
-    return images if is_last else images.contiguous()
+def find_order(*tensors: Tensor) -> torch.memory_format:
+    """In which torch's convolution gives images: channels_last where one of its operands is, which may have gaps.
+
+    Examples:
+        >>> x = torch.ones(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+        >>> find_order(x[:, :4], torch.ones(4, 4, 1, 1))
+        torch.channels_last
+    """
+    return torch.channels_last if any(map(_is_channels_last, tensors)) else torch.contiguous_format
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """As c10's is_channels_last_strides_2d: strides grow from channels over columns and rows to images."""
+    least, first = 0, t.stride(1)
+    for axis in (1, 3, 2, 0):
+        stride, size = t.stride(axis), t.shape[axis]
+        if size == 0 or stride < least or (axis == 0 and least == first) or first == 0:
+            return False
+        least = stride * max(size, 1)
+    return True
 
 
 def explain_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> str:
@@ -233,12 +262,17 @@ def _read_window(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Wi
 
 
 def _make_window(stride: Any, padding: Any, dilation: Any, output_padding: Any = None) -> Window | None:
-    """None for anything but plain numbers that make sense, one or two of each: torch takes others too, or has words for them."""
+    """None for anything but plain numbers that make sense, one or two of each: torch takes others too, or has words for them.
+
+    An output padding that is no less than the stride adds places of which the small images have none.
+    """
     steps, edges, gaps = _pair(stride), _pair(padding), _pair(dilation)
     added = None if output_padding is None else _pair(output_padding)
     if not (steps and edges and gaps and (added or output_padding is None)):
         return None
-    return Window(steps, edges, gaps, added) if min(*steps, *gaps) > 0 and min(edges) >= 0 else None
+    if min(*steps, *gaps) < 1 or min(edges) < 0 or any(a >= b for a, b in zip(added or (), steps, strict=False)):
+        return None
+    return Window(steps, edges, gaps, added)
 
 
 def _pair(value: Any) -> Pair | None:
@@ -256,7 +290,11 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | No
     outputs = weight.shape[0 if window is None or window.output_padding is None else 1]
     if window is None or not fits or (bias is not None and bias.shape != (outputs,)):
         return None
-    wanted = PRODUCTS if input.requires_grad else tuple(p for p in PRODUCTS if p != "grad_input")
+    # a compiler would keep the patches of the output, and a turned copy of the weight, for the backward pass
+    left = (
+        {"output", "grad_input"} if torch.compiler.is_compiling() else set() if input.requires_grad else {"grad_input"}
+    )
+    wanted = [product for product in PRODUCTS if product not in left]
     routed = tuple(p for p in wanted if find_route(input, weight, window, dtype, p) == "patches")
     if not routed:
         return None
@@ -333,14 +371,11 @@ def find_route(
 def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype, product: Product) -> Route:
     """window: as a plain tuple, since the compiler loses the numbers of a named one."""
     moves = Window(*window)
-    shape = Shape(
-        "x".join(map(str, images[0])), "x".join(map(str, weight[0])), str(window),
-        str(dtype).removeprefix("torch."), "contiguous" if images[1] else "channels_last", torch.get_num_threads(),
-        product,
-    )  # fmt: skip
+    shape = _name_shape(images, weight, window, dtype, torch.get_num_threads(), product)
     if shape in ROUTES:
         return ROUTES[shape]
-    sizes = sum(replace(known, images=shape.images) == shape for known in ROUTES if known.weight == shape.weight)
+    known = [one for one in list(ROUTES) if one.weight == shape.weight]  # other threads may add to it meanwhile
+    sizes = sum(replace(one, images=shape.images) == shape for one in known)
     if sizes >= MOST_SIZES or torch.are_deterministic_algorithms_enabled():
         return "torch"
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -352,6 +387,17 @@ def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: to
         })  # fmt: skip
     ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
     return ROUTES[shape]
+
+
+@lru_cache
+def _name_shape(
+    images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype, threads: int, product: Product
+) -> Shape:
+    """Kept, because it is asked for in every call."""
+    return Shape(
+        "x".join(map(str, images[0])), "x".join(map(str, weight[0])), str(window), str(dtype).removeprefix("torch."),
+        "contiguous" if images[1] else "channels_last", threads, product,
+    )  # fmt: skip
 
 
 def _make_ones(place: Place, dtype: torch.dtype) -> Tensor:
@@ -368,12 +414,12 @@ def compute_by_patches(
     gradient: of the output; not needed for the output.
     bias: added to the output.
     """
-    images = x if gradient is None else gradient
+    images = x if product == "output" or gradient is None else gradient
     if product == "grad_weight":
         small, large = (images, x) if window.output_padding is None else (x, images)
         return find_weight_gradient(small, large, weight, window)
     make = grow if _grows(product, window) else shrink
-    return make(x, weight, bias, window) if product == "output" else make(images, weight, None, window)
+    return make(images, weight, bias if product == "output" else None, window, find_order(x, weight))
 
 
 def _compute_by_torch(product: Product, gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> object:
@@ -401,6 +447,13 @@ def _spread(window: Window) -> tuple[Any, ...]:
     return stride, padding, dilation, output_padding is not None, output_padding or (0, 0), 1
 
 
+def _is_plain(gradient: Tensor) -> bool:
+    """Whether it is numbers and nothing else, as none is that torch.func or torch.autograd.grad(is_grads_batched=True) gives."""
+    if type(gradient) not in PLAIN or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 class _Convolution(torch.autograd.Function):
     """Of operands as autocast has cast them; routed: what goes by patches."""
 
@@ -418,9 +471,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, weight), window = gradients, ctx.saved_tensors, ctx.window
         wanted = list(ctx.needs_input_grad[:3])
-        is_plain = type(gradient) in PLAIN and not torch._C._are_functorch_transforms_active()
         found: list[Tensor | None] = [None, None, None]
-        if is_plain and not torch.is_grad_enabled():  # torch's way has second derivatives
+        if _is_plain(gradient) and not torch.is_grad_enabled():  # torch's way has second derivatives
             for place, product in enumerate(PRODUCTS[1:]):
                 if wanted[place] and product in ctx.routed:
                     found[place] = compute_by_patches(product, gradient, x, weight, None, window)

@@ -13,7 +13,7 @@ activation checkpointing runs code again. It merges equal calls all the same, wh
 a number.
 
 Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
-compiler keeps a size open, calls without dropout are left to torch.
+compiler keeps a size open, calls without dropout are left to torch. So is GELU of open sizes.
 
 Convolutions need nothing here: the functions of `patches` are made of torch's own, which the compiler traces and fuses.
 """
@@ -149,6 +149,9 @@ def _keep_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gelu_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    (x,) = ctx.saved_tensors
+    if torch.is_grad_enabled() or gradient.dtype != x.dtype or x.dtype not in gelus.DTYPES:  # by hooks that unpack it
+        return torch.ops.aten.gelu_backward(gradient, x, approximate=ctx.approximate), None
     return look_up_gelu_gradient(gradient, *ctx.saved_tensors, ctx.approximate), None
 
 
@@ -227,7 +230,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     """
     if out is not None:
         return F.gelu(input, approximate=approximate, out=out)  # type: ignore[call-arg]  # which torch takes, and hides
-    if gelus.explain_gelu(input, approximate):
+    if not are_fixed(input.shape) or gelus.explain_gelu(input, approximate):
         return F.gelu(input, approximate=approximate)
     result: Tensor = look_up_gelu(input, approximate)
     return result
