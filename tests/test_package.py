@@ -47,6 +47,7 @@ SPINE = [
     "numerics.native_rows",
     "numerics.routes",
     "numerics.patches",
+    "numerics.routed_convolutions",
     "numerics.scaled_attention",
     "numerics.traced",
     "numerics.movement",

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from halfstep.errors import PrecisionWarning
 from halfstep.insides import BACKWARD, INSIDES
-from halfstep.numerics import dropouts, gelus, losses, patches, scaled_attention, traced
+from halfstep.numerics import dropouts, gelus, losses, routed_convolutions, scaled_attention, traced
 from halfstep.numerics.kernels import PLAIN, Kernels, hide_frame
 
 Function = Callable[..., Any]
@@ -67,8 +67,8 @@ FAST: Mapping[Function, Fast] = {
         scaled_attention.KERNELS,
     ),
     F.gelu: Fast(gelus.gelu, traced.gelu, gelus.KERNELS),
-    F.conv2d: Fast(patches.conv2d, patches.conv2d, None),
-    F.conv_transpose2d: Fast(patches.conv_transpose2d, patches.conv_transpose2d, None),
+    F.conv2d: Fast(routed_convolutions.conv2d, routed_convolutions.conv2d, None),
+    F.conv_transpose2d: Fast(routed_convolutions.conv_transpose2d, routed_convolutions.conv_transpose2d, None),
 }
 """torch function -> what takes its place."""
 
@@ -181,5 +181,5 @@ def put_back_routes(saved: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-_ROUTED: tuple[Any, ...] = (scaled_attention, patches)
+_ROUTED: tuple[Any, ...] = (scaled_attention, routed_convolutions)
 """Modules with a Shape, a Route, and ROUTES from the one to the other."""

@@ -15,7 +15,8 @@ a number.
 Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
 compiler keeps a size open, calls without dropout are left to torch. So is GELU of open sizes.
 
-Convolutions need nothing here: the functions of `patches` are made of torch's own, which the compiler traces and fuses.
+Convolutions need nothing here: the functions of `routed_convolutions` are made of torch's own, which the compiler traces and
+fuses.
 """
 
 import itertools
