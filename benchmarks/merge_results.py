@@ -31,7 +31,7 @@ def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"parts differ in {', '.join(differing)}; only what was measured alike can be merged")
     source = {name: part for part in parts for name in part["workloads"]}
     runs = [r for name in WORKLOADS if name in source for r in source[name]["runs"] if r["workload"] == name]
-    heads = [head for part in parts for head in part.get("parts", [{key: part.get(key) for key in APART}])]
+    heads = [head for part in parts for head in part.get("parts", [{k: part[k] for k in APART if k in part}])]
     shared = {key: first[key] for key in SHARED} | {"date": max(part["date"] for part in parts), "parts": heads}
     return shared | summarize(runs, first["arms"]) | {"runs": runs}
 

@@ -295,7 +295,7 @@ def test_parts_become_one_result_and_the_last_counts() -> None:
     once = merge_results.merge([make_part("mlp", 5.0), make_part("gpt", 7.0, command="b"), make_part("mlp", 9.0)])
     assert list(once["workloads"]) == ["gpt", "mlp"]  # in the order of the catalogue
     assert once["workloads"]["mlp"]["arms"]["halfstep"]["step_ms"] == [9.0] and len(once["runs"]) == 2
-    assert [part["command"] for part in once["parts"]] == [None, "b", None]
+    assert [part.get("command") for part in once["parts"]] == [None, "b", None]
     twice = merge_results.merge([once, make_part("gpt", 8.0, date="2026-02-03", steps=20)])
     assert [part["steps"] for part in twice["parts"]] == [4, 4, 4, 20] and twice["date"] == "2026-02-03"
     assert twice["workloads"]["gpt"]["arms"]["halfstep"]["step_ms"] == [8.0]
