@@ -54,9 +54,8 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-Calls = dict[
-    Product, list[Callable[[], object]]
-]  # product -> the ways to compute it, of which a layer takes the fastest
+# the ways to compute each product, of which a layer takes the fastest
+Calls = dict[Product, list[Callable[[], object]]]
 
 
 def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Calls:

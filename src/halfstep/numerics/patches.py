@@ -18,16 +18,17 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-DTYPES: Mapping[str, tuple[torch.dtype, ...]] = {  # in fp32 patches of the others win by little, and seldom
+Product = Literal["output", "grad_input", "grad_weight"]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
+Pair = tuple[int, int]
+
+DTYPES: Mapping[Product, tuple[torch.dtype, ...]] = {  # in fp32 patches of the others win by little, and seldom
     "output": (torch.bfloat16,),
     "grad_input": (torch.bfloat16,),
     "grad_weight": (torch.float32, torch.bfloat16),
 }
 LEAST_WORK = 1 << 24  # operations of one product; below, calls take as long as arithmetic
 MOST_BYTES = 1 << 27  # of patches, which torch's way does not make
-Product = Literal["output", "grad_input", "grad_weight"]
-PRODUCTS: tuple[Product, ...] = get_args(Product)
-Pair = tuple[int, int]
 
 
 class Window(NamedTuple):

@@ -142,11 +142,9 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | No
     outputs = weight.shape[0 if window is None or window.output_padding is None else 1]
     if window is None or not fits or (bias is not None and bias.shape != (outputs,)):
         return None
-    # a compiler would keep the patches of the output, and a turned copy of the weight, for the backward pass
-    left = (
-        {"output", "grad_input"} if torch.compiler.is_compiling() else set() if input.requires_grad else {"grad_input"}
-    )
-    wanted = [product for product in PRODUCTS if product not in left]
+    wanted = [product for product in PRODUCTS if product != "grad_input" or input.requires_grad]
+    if torch.compiler.is_compiling():
+        wanted = ["grad_weight"]  # it would keep patches of the output, and a turned weight, for the backward pass
     routed = tuple(p for p in wanted if find_route(input, weight, window, dtype, p) == "patches")
     if not routed:
         return None

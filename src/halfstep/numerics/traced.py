@@ -151,9 +151,10 @@ def _keep_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gelu_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors
-    if torch.is_grad_enabled() or gradient.dtype != x.dtype or x.dtype not in gelus.DTYPES:  # by hooks that unpack it
+    # second derivatives are torch's, as is what hooks have unpacked in another dtype
+    if torch.is_grad_enabled() or gradient.dtype != x.dtype or x.dtype not in gelus.DTYPES:
         return torch.ops.aten.gelu_backward(gradient, x, approximate=ctx.approximate), None
-    return look_up_gelu_gradient(gradient, *ctx.saved_tensors, ctx.approximate), None
+    return look_up_gelu_gradient(gradient, x, ctx.approximate), None
 
 
 look_up_gelu.register_autograd(_gelu_gradient, setup_context=_keep_gelu)
