@@ -69,6 +69,9 @@ def list_commands(cifar10: str | None) -> dict[str, list[str]]:
                 "--data",
                 cifar10,
             ]
+        commands["airbench-cifar10-arms"] = [  # one seed of every arm to the end: about 80 minutes
+            "compare", "airbench-cifar10", "--arms", "fp32,torch-amp,torch-amp-tuned,halfstep", "--seeds", "1", "--data", cifar10,
+        ]  # fmt: skip
         commands["airbench-cifar10-steps"] = [  # step times of the arms, in the recipe's mixture of image sizes
             "compare", "airbench-cifar10", "--arms", "fp32,torch-amp,torch-amp-tuned,halfstep", "--seeds", "1",
             "--steps", "50", "--set", "warmup=10", "--set", "evaluations=1", "--data", cifar10,
