@@ -34,7 +34,7 @@ from turns import Process, find_last_words, take_turns
 from workloads.catalogue import QUICK, WORKLOADS
 
 ROOT = Path(__file__).parent.parent
-TABLE_WIDTH = 140
+TABLE_WIDTH = 152
 Measure = Callable[[str, Sequence[str], int], list[Run]]
 
 

@@ -7,7 +7,8 @@ needs torch, a clock or a machine.
     ratio        step time of an arm over that of halfstep in the same turn, its median over the turns of a round: above 1,
                  halfstep is faster
     floor        operations of products and convolutions / highest rate of a product in bf16 in the same turn: no arm that
-                 computes the same in bf16 can be faster; floor_share = floor / step
+                 computes the same in bf16 can be faster; floor_share = floor / step, and sustained_share the same by the rate
+                 that products one after another kept up
     verdict      two one-sided t-tests on the paired differences of the held-out loss to fp32, margin: see workloads.template
     cpu_ms       processor time of a step, over all threads; other work disturbs it less than the step's time
     disturbed    rounds in which in half of the turns a fixed product took over 15 % more than at its best
@@ -66,13 +67,13 @@ def summarize_arm(done: dict[int, Run], flops: int | None, quiet: float) -> dict
     """What an arm has shown by itself; lists are over rounds."""
     runs = list(done.values())
     turns = [turn for r in runs for turn in r["turns"]]
-    shares = [flops / (1e6 * turn["bf16"]) / turn["step_ms"] for turn in turns] if flops else []
     row = {
         "rounds": list(done),
         "step_ms": [r["step_ms"] for r in runs],
         "cpu_ms": [r["cpu_ms"] for r in runs],
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in runs), default=None),
-        "floor_share": round(statistics.median(shares), 4) if shares else None,
+        "floor_share": share_floor(turns, flops, "bf16"),
+        "sustained_share": share_floor(turns, flops, "bf16_sustained"),
         "setup_s": [r["setup_s"] for r in runs],
         "loss": [r["loss"] for r in runs],
         "disturbed": [
@@ -81,6 +82,12 @@ def summarize_arm(done: dict[int, Run], flops: int | None, quiet: float) -> dict
     }
     plans = next((r["plans"] for r in runs if "plans" in r), None)
     return row | ({"plans": plans} if plans else {})
+
+
+def share_floor(turns: Sequence[dict[str, float]], flops: int | None, rate: str) -> float | None:
+    """The floor by a rate of the gauge over the step, its median over turns; None where one of them is unknown."""
+    shares = [flops / (1e6 * turn[rate]) / turn["step_ms"] for turn in turns if rate in turn] if flops else []
+    return round(statistics.median(shares), 4) if shares else None
 
 
 def judge(arm: str, done: dict[int, Run], reference: dict[int, Run], margin: float) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def show(result: dict[str, Any]) -> Table:
     table = Table(title="Step times; ratio: arm / halfstep, above 1 halfstep is faster", box=None)
     for column in ("workload", "arm"):
         table.add_column(column, no_wrap=True, min_width=len(OURS_COMPILED))
-    for column in ("step ms", "ratio", "(min to max)", "floor", "MiB", "set-up s", "difference"):
+    for column in ("step ms", "ratio", "(min to max)", "floor", "sustained", "MiB", "set-up s", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict")  # the only one that gives way to the others, as a failure's words may be long
     for name, workload in result["workloads"].items():
@@ -161,15 +168,16 @@ def show_means(result: dict[str, Any]) -> Table:
 
 def show_row(row: dict[str, Any]) -> list[str]:
     if not row["step_ms"]:
-        return ["-", "-", "", "-", "-", "-", "-", f"[red]failed: {row['errors'][0][:60]}[/red]"]
-    ratio, share = row["ratio"], row["floor_share"]
+        return ["-", "-", "", "-", "-", "-", "-", "-", f"[red]failed: {row['errors'][0][:60]}[/red]"]
+    ratio = row["ratio"]
+    shares = [row.get(key) for key in ("floor_share", "sustained_share")]
     colours = {"equivalent": "green", "better": "green", "reference": "default", "inconclusive": "yellow"}
     notes = f", {len(row['disturbed'])} disturbed" if row["disturbed"] else ""
     return [
         f"{statistics.median(row['step_ms']):.1f}",
         f"{ratio['median']:.2f}" if ratio else "-",
         f"{ratio['min']:.2f} to {ratio['max']:.2f}" if ratio else "",
-        f"{100 * share:.0f} %" if share else "-",
+        *(f"{100 * share:.0f} %" if share else "-" for share in shares),
         f"{row['peak_memory_bytes'] / 2**20:.0f}",
         f"{row['setup_s'][0]:.1f}",
         f"{row['difference']:+.4f}" if row["difference"] is not None else "-",

@@ -42,6 +42,7 @@ from workloads.catalogue import WORKLOADS
 from workloads.template import Trainer, Workload
 
 KERNELS = tuple(m.KERNELS for m in (dropouts, gelus, losses, packing, rows, scaled_attention, updates))
+GAUGE_S, CALIBRATION_S = 1.5, 5.0  # seconds of products, in every turn and before all
 LARGE_SHAPES = ((2048, 2048, 2048), (4096, 1024, 4096), (1024, 4096, 1024), (2048, 512, 8192))  # m, k, n
 
 
@@ -252,24 +253,45 @@ def without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
 
 
+def time_call(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
+
+
 def time_best(call: Callable[[], object], times: int) -> float:
     """Seconds of the fastest of some calls, after one that is not timed."""
     call()
-    spans = []
-    for _ in range(times):
-        before = time.perf_counter()
-        call()
-        spans.append(time.perf_counter() - before)
-    return min(spans)
+    return min(time_call(call) for _ in range(times))
 
 
-def measure_rate(dtype: torch.dtype, times: int = 12) -> float:
-    """Highest rate of a matrix product in GFLOP/s over a few large shapes."""
-    best = 0.0
-    for m, k, n in LARGE_SHAPES:
-        a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
-        best = max(best, 2e-9 * m * k * n / time_best(partial(nn.functional.linear, a, b), times))
-    return round(best, 1)
+class Rates(NamedTuple):
+    """GFLOP/s of matrix products: of the fastest call, and kept up over the later half of many calls one after another."""
+
+    burst: float
+    sustained: float
+
+
+def measure_rates(dtype: torch.dtype, seconds: float) -> Rates:
+    """Each the highest of a few large shapes, which take turns for some seconds.
+
+    Some processors run the units of matrix products at full speed for about a second and then at half of it, so that steps,
+    which last longer, never meet the burst.
+    """
+    calls = [
+        partial(nn.functional.linear, torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype))
+        for m, k, n in LARGE_SHAPES
+    ]
+    operations = torch.tensor([2.0 * m * k * n for m, k, n in LARGE_SHAPES])
+    spans: list[list[float]] = []
+    begin = time.perf_counter()
+    while len(spans) < 4 or time.perf_counter() - begin < seconds:
+        spans.append([time_call(call) for call in calls])
+    table = torch.tensor(spans[1:])  # one row has each shape once; the first is warm-up
+    burst = operations / table.amin(0)
+    sustained = operations / table[len(table) // 2 :].mean(0)
+    return Rates(burst=round(1e-9 * float(burst.max()), 1), sustained=round(1e-9 * float(sustained.max()), 1))
 
 
 def spin(times: int = 8) -> float:
@@ -283,7 +305,10 @@ def calibrate(threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     get_profile()
     return {
-        "matmul_gflops": {"bf16": measure_rate(torch.bfloat16), "fp32": measure_rate(torch.float32)},
+        "matmul_gflops": {
+            name: measure_rates(dtype, CALIBRATION_S)._asdict()
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        },
         "spin_ms": spin(),
         "kernels": {k.source.stem: k.describe() for k in KERNELS},
     }
@@ -308,10 +333,11 @@ def serve(name: str, arm_name: str, seed: int, *, warmup: int, threads: int, lin
 
 
 def gauge(threads: int, lines: Iterable[str]) -> Iterator[dict[str, float]]:
-    """How fast the machine is whenever a line asks for it: rate of a product in bf16 in GFLOP/s, and `spin`."""
+    """How fast the machine is whenever a line asks for it: rates of a product in bf16 in GFLOP/s, and `spin`."""
     torch.set_num_threads(threads)
     for _ in lines:
-        yield {"bf16": measure_rate(torch.bfloat16, times=3), "spin_ms": spin(times=3)}
+        rates = measure_rates(torch.bfloat16, GAUGE_S)
+        yield {"bf16": rates.burst, "bf16_sustained": rates.sustained, "spin_ms": spin(times=3)}
 
 
 if __name__ == "__main__":

@@ -47,7 +47,15 @@ def make_run(
 ) -> dict[str, Any]:
     """speeds: of the machine in each turn."""
     start = {"start_loss": 4.0, "flops": 10**9} if arm == "fp32" else {}
-    turns = [{"step_ms": step_ms / speed, "bf16": RATE * speed, "spin_ms": spin_ms / speed} for speed in speeds]
+    turns = [
+        {
+            "step_ms": step_ms / speed,
+            "bf16": RATE * speed,
+            "bf16_sustained": RATE * speed / 2,
+            "spin_ms": spin_ms / speed,
+        }
+        for speed in speeds
+    ]
     return {
         "workload": "w", "arm": arm, "round": number, "step_ms": step_ms, "cpu_ms": step_ms, "loss": loss, "setup_s": 1.0,
         "peak_memory_bytes": 100 + number, "turns": turns, "load": 0.1,
@@ -109,6 +117,7 @@ def test_the_floor_is_operations_by_rate() -> None:
     rows = summarize(make_runs(), ["fp32", "halfstep"])["workloads"]["w"]["arms"]
     assert rows["halfstep"]["floor_share"] == 1.0  # 1 GFLOP at 100 GFLOP/s: 10 ms
     assert rows["fp32"]["floor_share"] == pytest.approx(10 / 31, abs=1e-4)
+    assert rows["halfstep"]["sustained_share"] == 2.0  # by half of that rate
 
 
 @pytest.mark.parametrize(
