@@ -31,7 +31,7 @@ demo: .venv/ready
 	$(BIN)/halfstep compare text-generation --page compare.html --json compare.json
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: .venv/ready-lint .venv/ready-test
 	$(BIN)/ruff check src tests benchmarks tools

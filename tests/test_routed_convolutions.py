@@ -371,6 +371,18 @@ class TestRoutes:
         finally:
             torch.use_deterministic_algorithms(False)
 
+    def test_products_that_may_be_rounded_are_not_taken_for_convolutions_in_fp32(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(routed_convolutions, "measure_route", lambda _: {"patches": 0.0, "torch": 1.0})
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            assert "_Convolution" not in type(conv2d(*make_inputs()).grad_fn).__name__ and not ROUTES
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert "_Convolution" in type(conv2d(*make_inputs()).grad_fn).__name__
+
     def test_routes_are_saved_and_put_back(self) -> None:
         conv2d(*make_inputs())
         saved, before = get_routes(), dict(ROUTES)

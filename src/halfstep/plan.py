@@ -470,4 +470,4 @@ PRESETS: dict[str, Plan] = {
 }
 AUTO = Plan(rest="auto", name="auto")
 ALIASES = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed",
-           "fp8": "fp8-mixed", "int8": "int8-mixed"}  # fmt: skip
+           "fp16-mixed": "16-mixed", "fp16-true": "16-true", "fp8": "fp8-mixed", "int8": "int8-mixed"}  # fmt: skip

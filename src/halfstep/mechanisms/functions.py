@@ -73,6 +73,14 @@ FAST: Mapping[Function, Fast] = {
 """torch function -> what takes its place."""
 
 
+TRACED: Mapping[Function, Function] = {
+    Tensor.unflatten: torch.unflatten,  # the compiler cannot trace a method of that name under a mode
+    F.embedding: traced.embedding,
+    F.embedding_bag: traced.embedding_bag,
+}
+"""torch function -> what takes its place in compiled code alone, because the compiler fails with it."""
+
+
 @dataclass(frozen=True)
 class Noted:
     """A function that notes that it was called, under the one of torch's whose place it takes."""
@@ -104,12 +112,12 @@ class FunctionMode(TorchFunctionMode):
 
     def __init__(self, replacements: Mapping[Function, Function] | None = None) -> None:
         super().__init__()
-        self.traced: dict[Function, Function] = {}
+        self.traced = dict(TRACED)
         self.called: dict[Function, None] = {}
         if replacements is None:
             usable = {theirs: fast for theirs, fast in FAST.items() if fast.is_usable}
             replacements = {theirs: Noted(theirs, fast.eager, self.called) for theirs, fast in usable.items()}
-            self.traced = {theirs: fast.traced for theirs, fast in usable.items()}
+            self.traced |= {theirs: fast.traced for theirs, fast in usable.items()}
         self.replacements = dict(replacements)
 
     @hide_frame
@@ -119,8 +127,6 @@ class FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         is_traced = torch.compiler.is_compiling()
         ours = (self.traced if is_traced else self.replacements).get(func)
-        if is_traced and func is Tensor.unflatten:  # which the compiler cannot trace under a mode
-            return torch.unflatten(*args, **kwargs)
         if ours is None and func in FAST and not is_traced:  # whose kernels do not run here
             self.called[func] = None
         if ours is None and (is_traced or func not in _MADE_OF_OTHERS):

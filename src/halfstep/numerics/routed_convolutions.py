@@ -158,8 +158,9 @@ def find_route(
 ) -> Route:
     """Which way was faster when this shape was first seen.
 
-    torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; where images come in ever new
-    sizes; and where a compiler keeps a size or a number of the window open.
+    torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; where products in fp32 may be
+    rounded (`torch.set_float32_matmul_precision`); where images come in ever new sizes; and where a compiler keeps a size or a
+    number of the window open.
 
     Examples:
         >>> find_route(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), Window((1, 1), (0, 0), (1, 1)), torch.float32)
@@ -176,6 +177,8 @@ def find_route(
 def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype, product: Product) -> Route:
     """window: as a plain tuple, since the compiler loses the numbers of a named one."""
     moves = Window(*window)
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "torch"  # products may be rounded then, and convolutions are not
     shape = _name_shape(images, weight, window, dtype, torch.get_num_threads(), product)
     if shape in ROUTES:
         return ROUTES[shape]

@@ -15,11 +15,14 @@ a number.
 Which way attention goes is timed while the code is traced, with tensors made for that, where its shape is fixed; where the
 compiler keeps a size open, calls without dropout are left to torch. So is GELU of open sizes.
 
+The compiler cannot always take the gradient of a table with sparse gradients, so look-ups in those are left out of its graph.
+
 Convolutions need nothing here: the functions of `routed_convolutions` are made of torch's own, which the compiler traces and
 fuses.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -298,3 +301,18 @@ def _time_route(
     q, k, v = (torch.zeros(shape, dtype=dtype) for shape in shapes[:3])
     mask = None if mask_dtype is None else torch.ones(shapes[3], dtype=mask_dtype)
     return scaled_attention.find_route(q, k, v, mask, Rule(scale, causal, None))
+
+
+def _leave_out_sparse(look_up: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
+    """place: of the argument `sparse` among those of the function."""
+    apart = torch.compiler.disable(look_up, reason="the compiler cannot always take sparse gradients")
+
+    def look_up_traced(*args: Any, **kwargs: Any) -> Tensor:
+        is_sparse = torch.is_grad_enabled() and kwargs.get("sparse", len(args) > place and args[place])
+        return (apart if is_sparse else look_up)(*args, **kwargs)
+
+    return look_up_traced
+
+
+embedding = _leave_out_sparse(F.embedding, 6)
+embedding_bag = _leave_out_sparse(F.embedding_bag, 7)
