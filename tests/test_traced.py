@@ -198,3 +198,38 @@ def test_operators_are_what_torch_asks_of_operators() -> None:
         (traced.look_up_gelu_gradient, (x.detach().bfloat16(), x.detach().bfloat16().t().contiguous().t(), "tanh")),
     ):  # fmt: skip
         torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler hides it
+def test_look_ups_with_sparse_gradients_are_made_beside_the_graphs() -> None:
+    """With them in it, torch's compiler may fail in the backward pass."""
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def look_up(rows: Tensor, table: Tensor, bag: Tensor, weight: Tensor) -> Tensor:
+        one = F.embedding(rows, table, sparse=True)
+        several = F.embedding_bag(rows, bag, None, None, 2.0, False, "sum", True)
+        return ((one.sum(1) + several) @ weight).tanh()
+
+    with seeded(0):
+        rows, weights = torch.randint(7, (5, 3)), [torch.randn(7, 4), torch.randn(7, 4), torch.randn(4, 2)]
+    compiled: Any = torch.compile(look_up, backend=record)
+    gradients = []
+    for function in (compiled, look_up):
+        leaves = [weight.clone().requires_grad_() for weight in weights]
+        with FunctionMode():
+            function(rows, *leaves).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert [gradient.is_sparse for gradient in gradients[0]] == [True, True, False]
+    for found, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(found.to_dense(), right.to_dense())
+    names = " ".join(seen)
+    assert "tanh" in names and "embedding" not in names
+    with torch.no_grad(), FunctionMode():
+        compiled(rows, *weights)
+    assert "embedding" in " ".join(seen)
