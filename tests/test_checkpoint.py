@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep import checkpoint
-from halfstep.checkpoint import claim_folder, load_checkpoint, pack, save_checkpoint, unpack
+from halfstep.checkpoint import change_plan, claim_folder, load_checkpoint, pack, save_checkpoint, unpack
 from halfstep.errors import CheckpointError, RecordError
+from halfstep.stepper import prepare
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int16, torch.uint8, torch.bool,
@@ -30,7 +31,7 @@ tensors = st.builds(
     st.floats(-100, 100),
 )
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
-keys = st.text(max_size=8) | st.integers() | st.sampled_from(["$tensor", "$pairs", "$tuple"])
+keys = st.text(max_size=8) | st.integers() | st.sampled_from(["$tensor", "$sparse", "$pairs", "$tuple"])
 states = st.recursive(
     plain | tensors,
     lambda inner: (
@@ -219,6 +220,33 @@ def test_write_that_is_broken_off_leaves_the_old_checkpoint(
     assert load_checkpoint(path) == {"number": 1}
     save_checkpoint(path, {"number": 3})
     assert load_checkpoint(path) == {"number": 3}
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_sparse_tensors_are_saved_as_they_are(tmp_path: Path, coalesced: bool) -> None:
+    """As gradients of a table are, in an open window, and the momentum of SGD."""
+    table = nn.Embedding(9, 4, sparse=True)
+    table(torch.tensor([1, 5, 1])).sum().backward()
+    assert table.weight.grad is not None
+    sparse = table.weight.grad.coalesce() if coalesced else table.weight.grad
+    save_checkpoint(tmp_path / "c", {"gradient": sparse})
+    found = load_checkpoint(tmp_path / "c")["gradient"]
+    assert found.is_sparse and found.is_coalesced() == coalesced and found.shape == (9, 4)
+    assert torch.equal(found._indices(), sparse._indices()) and torch.equal(found._values(), sparse._values())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_layouts_that_cannot_be_saved_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"got a tensor of layout torch\.sparse_csr"):
+        save_checkpoint(tmp_path / "c", {"rows": torch.eye(3).to_sparse_csr()})
+
+
+def test_a_table_with_momentum_changes_its_plan_and_goes_on() -> None:
+    table = nn.Embedding(9, 4, sparse=True)
+    stepper = prepare(table, torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9), "32-true")
+    for plan in ("32-true", "bf16-mixed", "32-true"):
+        assert change_plan(stepper, plan).states_changed == 0
+        assert stepper.step(stepper.model(torch.tensor([1, 5, 1])).square().mean()).applied
 
 
 def test_state_that_cannot_be_packed_leaves_the_old_checkpoint(tmp_path: Path) -> None:

@@ -2631,3 +2631,205 @@ def test_the_record_says_before_the_first_step_what_updates_a_table_with_sparse_
     assert (
         stepper.plan_record.updates[0] == said == f"SGD: {stepper.conversion.masters.describe_updates(optimizers[0])}"
     )
+
+
+# --- what must not be lost on the way
+
+
+@pytest.mark.parametrize("way", ["copy", "average"])
+def test_hooks_of_others_on_narrow_weights_outlive_copies_and_averages(way: str) -> None:
+    """DistributedDataParallel averages gradients by such hooks."""
+    model = make_mlp()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    stepper = prepare(model, make_adamw(model), SPLIT, averages=average if way == "average" else ())
+    weight, called = model.get_parameter("0.weight"), []
+    node = cast(Any, weight.expand_as(weight).grad_fn).next_functions[0][0]
+    node.register_hook(lambda *_: called.append(1))
+    for number, batch in enumerate(make_regression_batches(3), start=1):
+        train(stepper, [batch])
+        if way == "copy":
+            copy.deepcopy(model)
+        assert len(called) == number and weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["32-true", SPLIT])
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.ASGD, torch.optim.Adafactor, SGD])
+def test_states_of_every_shape_are_loaded_as_they_were_saved(kind: Any, mode: str) -> None:
+    """torch has cast them to the 16 bits of their parameter, single numbers too."""
+    batches, models = make_regression_batches(8), [make_mlp(), make_mlp()]
+    straight, resumed = (prepare(m, kind(m.parameters(), lr=0.01), mode) for m in models)
+    train(straight, batches[:4])
+    states = copy.deepcopy((straight.state_dict(), straight.optimizer.state_dict(), copy_weights(models[0])))
+    resumed.load_state_dict(states[0])
+    models[1].load_state_dict(states[2])
+    resumed.optimizer.load_state_dict(states[1])
+    for stepper in (straight, resumed):
+        train(stepper, batches[4:])
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    torch.testing.assert_close(resumed.optimizer.state_dict(), straight.optimizer.state_dict(), rtol=0, atol=0)
+
+
+def test_states_in_lists_are_loaded_too_and_follow_a_plan() -> None:
+    models, (x, y) = [make_mlp(), make_mlp()], make_regression_batches(1)[0]
+    first, second = (prepare(m, LBFGS(m.parameters(), lr=0.1, max_iter=3), SPLIT) for m in models)
+
+    def evaluate(stepper: Stepper) -> Tensor:
+        with stepper.autocast():
+            return F.mse_loss(stepper.model(x).float(), y)
+
+    first.step(closure=lambda: evaluate(first))
+    saved = copy.deepcopy((first.state_dict(), first.optimizer.state_dict(), copy_weights(models[0])))
+    second.load_state_dict(saved[0])
+    models[1].load_state_dict(saved[2])
+    second.optimizer.load_state_dict(saved[1])
+    for stepper in (first, second):
+        assert stepper.step(closure=lambda stepper=stepper: evaluate(stepper)).applied
+    assert_same(copy_weights(models[0]), copy_weights(models[1]))
+    for plan in ("bf16-true", SPLIT):
+        second.adopt(Plan.parse(plan))
+        assert second.step(closure=lambda: evaluate(second)).applied
+
+
+@pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed"])
+def test_a_closure_inside_an_autocast_block_sees_the_weights_of_each_evaluation(mode: str) -> None:
+    results = []
+    for block in (False, True):
+        model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+        stepper = prepare(model, LBFGS(model.parameters(), lr=0.5, max_iter=4), mode)
+
+        def evaluate(stepper: Stepper = stepper, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.mse_loss(stepper.model(x).float(), y)
+
+        for _ in range(2):
+            with stepper.autocast() if block else nullcontext():
+                stepper.step(closure=evaluate)
+        results.append(copy_weights(model))
+    assert_same(*results)
+
+
+def test_a_roll_back_inside_an_autocast_block_is_seen_in_it() -> None:
+    model, batches = make_mlp(), make_regression_batches(1) * 60
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), replace(read_plan("bf16-mixed"), recovery="roll-back"))
+    with stepper.autocast():
+        train(stepper, batches[:3])
+        with torch.no_grad():
+            model.get_parameter("0.weight").fill_(math.nan)
+        torch.clear_autocast_cache()
+        outcomes = []
+        while not outcomes or not outcomes[-1].recovery:
+            outcomes += train(stepper, batches[:1])
+        assert outcomes[-1].recovery.startswith("roll-back")
+        assert train(stepper, batches[:1])[0].applied
+
+
+def test_a_learning_rate_that_the_optimizer_itself_changes_stays_changed() -> None:
+    model = make_mlp()
+    optimizer = SGD(model.parameters(), lr=0.5)
+    optimizer.register_step_post_hook(lambda own, *_: own.param_groups[0].update(lr=own.param_groups[0]["lr"] / 2))
+    stepper = prepare(model, optimizer, "32-true", recovery="back-off")
+    train(stepper, make_regression_batches(2))
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    stepper._rescue.memory = replace(stepper._rescue.memory, rate=0.5)
+    train(stepper, make_regression_batches(1))
+    assert optimizer.param_groups[0]["lr"] == 0.0625
+
+
+@pytest.mark.parametrize("way", ["roll-back", "closure"])
+def test_a_scheduler_that_only_steps_needs_no_state(way: str) -> None:
+    class Counter:
+        steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+
+    model, counter, (x, y) = make_mlp(), Counter(), make_regression_batches(1)[0]
+    optimizer = SGD(model.parameters(), lr=0.1)
+    stepper = prepare(model, optimizer, "32-true", schedulers=cast(Any, counter), recovery="roll-back")
+    if way == "closure":
+        stepper.step(closure=lambda: F.mse_loss(stepper.model(x), y))
+    else:
+        train(stepper, [(x, y)])
+    assert counter.steps == 1
+
+
+def test_an_error_while_the_good_state_is_copied_leaves_no_window_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = make_mlp(), make_regression_batches(1)
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "32-true", recovery="roll-back")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(stepper, "_take_snapshot", lambda: (_ for _ in ()).throw(MemoryError()))
+        train(stepper, batches)
+    assert all(p.grad is None for p in model.parameters())
+    before = copy_weights(make_mlp())
+    assert_same(copy_weights(model), before)
+    assert train(stepper, batches)[0].applied
+
+
+class Centred(nn.Module):
+    """Makes its buffer when the first batch arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.register_buffer("centre", None)
+        self.centre: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.centre is None:
+            self.centre = x.mean(0)
+        y: Tensor = self.layer(x - self.centre)
+        return y
+
+
+def test_a_skipped_batch_leaves_no_trace_in_buffers_that_came_later() -> None:
+    x, y = make_regression_batches(1)[0]
+    model = nn.Sequential(Centred())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    stepper = prepare(model, optimizer, "32-true")
+    assert train(stepper, [(x * math.nan, y)])[0].skipped
+    assert cast(Centred, model[0]).centre is None
+    assert train(stepper, [(x, y)])[0].applied
+    model.append(nn.BatchNorm1d(3))
+    optimizer.add_param_group({"params": model[1].parameters()})
+    assert train(stepper, [(x * math.nan, y)])[0].skipped
+    assert torch.equal(model.get_buffer("1.running_mean"), torch.zeros(3))
+
+
+def test_an_open_window_goes_on_with_a_buffer_that_was_not_there_at_its_start() -> None:
+    (x, y), *_ = batches = make_regression_batches(2)
+    models = [nn.Sequential(Centred()) for _ in range(2)]
+    first, second = (prepare(m, SGD(m.parameters(), lr=0.1), "32-true", accumulate=2) for m in models)
+    train(first, batches[:1])
+    cast(Centred, models[1][0]).centre = torch.zeros(8)
+    models[1].load_state_dict(models[0].state_dict())
+    tensors: dict[str, Tensor] = {}
+    packed = pack(first.state_dict(), tensors)
+    second.load_state_dict(unpack(packed, tensors))
+    for stepper in (first, second):
+        assert train(stepper, [(x * math.nan, y)])[0].skipped
+    assert [cast(Centred, model[0]).centre for model in models] == [None, None]
+
+
+def test_after_a_plan_was_refused_a_roll_back_still_has_the_full_precision() -> None:
+    model, batches = make_mlp(), make_regression_batches(1)
+    stepper = prepare(model, SGD(model.parameters(), lr=1e-4), replace(read_plan(SPLIT), recovery="roll-back"))
+    train(stepper, batches)
+    before = copy_weights(model)
+    assert not torch.equal(before["0.weight"], before["0.weight"].bfloat16().float())
+    with pytest.raises(PlanError):
+        stepper.adopt(Plan.parse("path=nowhere compute=bf16\ncompute=fp32"))
+    train(stepper, batches)
+    assert stepper._rescue.roll_back() == 1
+    assert_same(copy_weights(model), before)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["choosing", "taking"])
+def test_auto_waits_on_after_it_was_interrupted(failure: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = make_mlp(), make_regression_batches(1)
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile=make_profile("slower"))
+    place = (plan_in_force, "choose_plan") if where == "choosing" else (stepper._in_force, "adopt")
+    with monkeypatch.context() as patch, pytest.raises(failure):
+        patch.setattr(*place, lambda *_, **__: (_ for _ in ()).throw(failure()))
+        train(stepper, batches)
+    assert "not chosen yet" in repr(stepper) and stepper.state_dict()["plan"] is None
+    assert train(stepper, batches)[0].applied and stepper.plan_record is not None

@@ -37,7 +37,7 @@ from halfstep.stepper import Stepper, read_plan
 
 SCHEMA = 2
 READABLE = (1, 2)
-_TENSOR, _PAIRS, _TUPLE = "$tensor", "$pairs", "$tuple"
+_TENSOR, _SPARSE, _PAIRS, _TUPLE = "$tensor", "$sparse", "$pairs", "$tuple"
 
 
 def pack(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -50,7 +50,10 @@ def pack(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
     Raises CheckpointError for a value of another kind.
     """
-    if isinstance(state, torch.Tensor):
+    if isinstance(state, torch.Tensor) and state.layout is torch.sparse_coo:
+        inside = [state._indices(), state._values(), list(state.shape), state.is_coalesced()]
+        return {_SPARSE: [pack(part, tensors) for part in inside]}
+    if isinstance(state, torch.Tensor) and state.layout is torch.strided:
         name = str(len(tensors))
         tensors[name] = state.detach().cpu().contiguous().clone()
         return {_TENSOR: name}
@@ -62,7 +65,8 @@ def pack(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return [pack(value, tensors) for value in state]
     if state is None or isinstance(state, bool | int | float | str):
         return state
-    raise CheckpointError(f"a checkpoint holds tensors, numbers, strings and containers; got {type(state).__name__}")
+    given = f"a tensor of layout {state.layout}" if isinstance(state, torch.Tensor) else type(state).__name__
+    raise CheckpointError(f"a checkpoint holds tensors, numbers, strings and containers; got {given}")
 
 
 def unpack(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -78,6 +82,9 @@ def unpack(packed: Any, tensors: dict[str, torch.Tensor]) -> Any:
         ((kind, value),) = packed.items()
         if kind == _TENSOR:
             return tensors[value]
+        if kind == _SPARSE:
+            indices, values, shape, is_coalesced = unpack(value, tensors)
+            return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=True)
         if kind == _TUPLE:
             return tuple(unpack(item, tensors) for item in value)
         return {unpack(key, tensors): unpack(item, tensors) for key, item in value}
@@ -212,7 +219,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         )
     try:
         state: dict[str, Any] = dict(unpack(packed, tensors))
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged ({error!r}); use an older copy") from None
     return state
 
@@ -286,6 +293,7 @@ def _count_changes(before: list[torch.Tensor], after: Iterator[torch.Tensor]) ->
     """Numbers that differ, and the largest relative difference."""
     count, largest = 0, 0.0
     for old, new in zip(before, after, strict=True):
+        old, new = (t.to_dense() if t.is_sparse else t for t in (old, new))
         differs = (old != new) & ~(old.isnan() & new.isnan())
         if bool(differs.any()):
             was, now = old[differs].double(), new[differs].double()

@@ -226,9 +226,34 @@ class Conversion:
     ) -> None:
         self.undo()
 
+    def read_wide(self) -> dict[nn.Parameter, Tensor]:
+        """The full precision of every parameter that is stored in 16 bits."""
+        return {p: self.masters.read(p) for p in self.storage if p.dtype in (torch.bfloat16, torch.float16)}
+
+    @contextmanager
+    def shown_wide(self) -> Iterator[None]:
+        """Inside the block the model has fp32 parameters in place of narrow ones, which stay as they are; for reading only."""
+        wide = {p: nn.Parameter(value, requires_grad=p.requires_grad) for p, value in self.read_wide().items()}
+        places = [
+            (module._parameters, name, parameter)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter in wide
+        ]
+        try:
+            for parameters, name, parameter in places:
+                parameters[name] = wide[parameter]
+            yield
+        finally:
+            for parameters, name, parameter in places:
+                parameters[name] = parameter
+
     @contextmanager
     def widened(self) -> Iterator[None]:
-        """Every parameter in fp32 inside the block, from its truth where it has one; for reading only."""
+        """Every parameter itself in fp32 inside the block, from its truth where it has one; for reading only.
+
+        torch drops the hooks that others have on the gradients of narrow parameters (see `numerics.openings`).
+        """
         narrow = {p: p.data for p in self.storage if p.dtype in (torch.bfloat16, torch.float16)}
         try:
             for parameter in narrow:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
-Buffers = dict[tuple[nn.Module, str], Tensor]  # (module that owns it, its name there) -> value
+Buffers = dict[tuple[nn.Module, str], Tensor | None]  # (module that owns it, its name there) -> value
 
 
 class Truths(Protocol):
@@ -31,7 +31,7 @@ class Snapshot:
         model: whose parameters and buffers are copied; None leaves it at the parameters that the optimizers hold.
         truths: read and written in place of the parameters that it contains.
         optimizers: with those that they hold as attributes, as SAM and Lookahead do.
-        schedulers: whose state is copied.
+        schedulers: whose state is copied, if they have one to give.
 
     Examples:
         >>> layer = nn.Linear(1, 1)
@@ -51,7 +51,10 @@ class Snapshot:
         schedulers: Iterable[LRScheduler] = (),
     ) -> None:
         self._truths = truths
-        self._optimizers, self._schedulers = _find_nested(optimizers), list(schedulers)
+        self._optimizers, self._schedulers = (
+            _find_nested(optimizers),
+            [s for s in schedulers if hasattr(s, "state_dict")],
+        )
         held = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
         parameters = dict.fromkeys([*(model.parameters() if model else ()), *held])
         self._weights = {
@@ -125,7 +128,7 @@ def find_owners(model: nn.Module) -> list[nn.Module]:
 
 def copy_buffers(owners: Iterable[nn.Module]) -> Buffers:
     """A copy of every buffer, by the place where it stands: modules may put another tensor there."""
-    return {(m, name): b.clone() for m in owners for name, b in m._buffers.items() if b is not None}
+    return {(m, name): None if b is None else b.clone() for m in owners for name, b in m._buffers.items()}
 
 
 @torch.no_grad()
@@ -133,7 +136,9 @@ def put_back_buffers(copies: Buffers) -> None:
     """Write the values that `copy_buffers` took back."""
     for (module, name), value in copies.items():
         buffer = module._buffers.get(name)
-        if buffer is None or buffer.shape != value.shape:
+        if value is None:
+            module._buffers[name] = None
+        elif buffer is None or buffer.shape != value.shape:
             module._buffers[name] = value.clone()
         else:
             buffer.copy_(value)

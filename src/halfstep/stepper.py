@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -67,6 +66,7 @@ class Stepper:
     """Trains a model under a plan, one step a call. Made by `prepare`.
 
     Examples:
+        >>> import torch
         >>> model = nn.Linear(2, 1)
         >>> stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), "32-true", accumulate=2)
         >>> [stepper.step(model(torch.ones(1, 2)).sum()).status for _ in range(2)]
@@ -93,7 +93,7 @@ class Stepper:
         self._hooks = ExitStack()
         self._hooks.callback(self._optimizers.close)
         self._hooks.enter_context(self._window.watch())
-        self._hooks.enter_context(guard_copies(model, lambda: self.conversion.widened()))
+        self._hooks.enter_context(guard_copies(model, lambda: self.conversion.read_wide()))
 
     def __repr__(self) -> str:
         plan = self.plan.name or "a plan of its own"
@@ -191,10 +191,11 @@ class Stepper:
         lift = before * self._window.micro / self.accumulate  # of the gradients above those of the mean
         with self._window.dropped_on_error():
             finding = self._agree(self._window.inspect(gradients, lift, self.conversion.autocast))
+            if not finding.cause:
+                if self.ranks.size > 1:
+                    self.conversion.histories.agree(self.ranks.maximize)
+                self._rescue.keep_if_due(self.applied, self._take_snapshot)
         if not finding.cause:
-            if self.ranks.size > 1:
-                self.conversion.histories.agree(self.ranks.maximize)
-            self._rescue.keep_if_due(self.applied, self._take_snapshot)
             watch = self._stalls.is_due(self.applied + 1)
             try:
                 with self._optimizers.at_rate(self._rescue.rate):
@@ -209,9 +210,11 @@ class Stepper:
 
     def _step_released(self, loss: Tensor | None) -> StepOutcome:
         require_alone(self.ranks)
-        finding = self._window.inspect_loss(loss, self.conversion.autocast)
+        with self._window.dropped_on_error():
+            finding = self._window.inspect_loss(loss, self.conversion.autocast)
+            if not finding.cause:
+                self._rescue.keep_if_due(self.applied, self._take_snapshot)
         if not finding.cause:
-            self._rescue.keep_if_due(self.applied, self._take_snapshot)
             with self._optimizers.at_rate(self._rescue.rate):
                 finding = Release(self._window, self._optimizers).go_backward(loss)
             if not finding.cause:
@@ -238,10 +241,12 @@ class Stepper:
                 self._advance()
         except BaseException:
             snapshot.put_back()
+            self._forget_casts()
             self._window.clear()
             raise
         if finding.cause:
             snapshot.put_back()
+            self._forget_casts()
             self._window.clear()
         return self._settle(finding, before)
 
@@ -258,15 +263,18 @@ class Stepper:
     def _advance(self) -> None:
         """What moves when the weights did."""
         self.applied += 1
-        torch.clear_autocast_cache()  # which holds converted weights as long as a block around several steps is open
-        forget_casts()  # so does the mode
-        self.conversion.quantized.clear()
+        self._forget_casts()
         for scheduler in self.schedulers:
             scheduler.step()
         if self.options.averages:
-            with self.conversion.widened():
+            with self.conversion.shown_wide():
                 for average in self.options.averages:
                     average.update_parameters(self.model)
+
+    def _forget_casts(self) -> None:
+        """Converted weights are held as long as a block around several steps is open."""
+        forget_casts()
+        self.conversion.quantized.clear()
 
     def _settle(self, finding: Finding, before: float) -> StepOutcome:
         """Scale, counters and recovery after a window; the step's outcome."""
@@ -323,7 +331,7 @@ class Stepper:
                 why += f"; {rate}"
             case "roll-back":
                 applied = self._rescue.roll_back()
-                self.conversion.quantized.clear()
+                self._forget_casts()
                 if applied is None:
                     return Decision(action="stop", why=f"{why}; there is no good state to go back to")
                 why += f"; {rate}; from applied step {self.applied} to {applied}"
@@ -390,12 +398,14 @@ class Stepper:
 
     def _adopt(self, plan: Plan, why: str, seconds: float = 0.0) -> None:
         budget = plan.saved_budget
-        self._in_force.adopt(plan)
+        try:
+            self._in_force.adopt(plan)
+        finally:  # a plan that stays in force when another is refused has a conversion of its own too
+            self._window.histories = self.conversion.histories
+            self._window.autocast_weights = self.conversion.list_autocast_weights()
+            self._window.stand_by = self.conversion.stand_by
+            self._rescue.forget_state()
         plan = self.plan
-        self._window.histories = self.conversion.histories
-        self._window.autocast_weights = self.conversion.list_autocast_weights()
-        self._window.stand_by = self.conversion.stand_by
-        self._rescue.forget_state()
         self._rescue.rule = replace(self._rescue.rule, policy=find_policy(plan.recovery))
         self._rule = DYNAMIC if plan.loss_scale == "dynamic" else UNSCALED
         self._scale = LossScale() if plan.loss_scale == "dynamic" else LossScale(scale=1.0)
@@ -541,6 +551,7 @@ def prepare(  # noqa: PLR0913  (one entry for everything about a step)
             is initialised, a `distributed.Group(process_group)`, or `distributed.Alone()`.
 
     Examples:
+        >>> import torch
         >>> model = nn.Linear(4, 1)
         >>> stepper = prepare(model, torch.optim.AdamW(model.parameters()), "bf16-mixed")
         >>> with stepper.autocast():

@@ -50,7 +50,6 @@ class Window:
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self.model, self.optimizers = model, tuple(optimizers)
-        self._owners = find_owners(model)
         self.histories = Histories({})  # of the plan's delayed scales
         self.names = {p: name for name, p in model.named_parameters()}
         self.when_loaded: Callable[[], None] = lambda: None  # called after the model's load_state_dict
@@ -84,7 +83,7 @@ class Window:
     def note_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a forward pass, and before the first one of a window the buffers."""
         if not self._inputs:
-            self.buffers, self.amaxes = copy_buffers(self._owners), self.histories.copy()
+            self.buffers, self.amaxes = copy_buffers(find_owners(self.model)), self.histories.copy()
         self.is_wrapped = is_inside_wrapper()
         # detached: another network's graph may hang on them
         self._inputs[self.micro] = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
@@ -236,7 +235,7 @@ class Window:
             "losses": [float(loss) for loss in self._losses],
             "sums": {i: self._sums[p].clone() for i, p in enumerate(self.held) if p in self._sums},
             "gradients": {i: p.grad.clone() for i, p in enumerate(self.held) if p.grad is not None},
-            "buffers": [value.clone() for value in self.buffers.values()],
+            "buffers": [None if value is None else value.clone() for value in self.buffers.values()],
             "amaxes": self.amaxes,
         }
 
@@ -256,9 +255,13 @@ class Window:
                 held[i].grad = lay_out_like(held[i], value, held[i].dtype) * factor
         self.amaxes = self.histories.copy() | state.get("amaxes", {})  # a plan that came since may have some of its own
         if state["buffers"]:  # none are noted in evaluation mode
-            places = copy_buffers(self._owners).items()
-            pairs = zip(places, state["buffers"], strict=True)
-            self.buffers = {place: value.to(now.device) for (place, now), value in pairs}
+            places = copy_buffers(find_owners(self.model))
+            if len(places) > len(state["buffers"]):  # by a version that noted no places without a buffer
+                places = {place: now for place, now in places.items() if now is not None}
+            self.buffers = {
+                place: None if value is None else value.to(held[0].device if now is None else now.device)
+                for (place, now), value in zip(places.items(), state["buffers"], strict=True)
+            }
 
 
 def lay_out_like(parameter: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

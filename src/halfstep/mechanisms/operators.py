@@ -116,8 +116,10 @@ _state = _State()
 
 
 def forget_casts() -> None:
-    """Cast weights anew in blocks that are open: torch's fused AdamW on a processor changes weights without a new version."""
+    """Cast weights anew in blocks that are open, those of torch.autocast too, which looks at no version of a weight; and
+    torch's fused AdamW on a processor changes weights without a new one."""
     _state.casts.clear()
+    torch.clear_autocast_cache()
 
 
 class OperatorMode:

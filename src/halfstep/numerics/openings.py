@@ -11,10 +11,12 @@ and narrowed again, with their rows of the optimizer's states.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from halfstep.numerics.movement import Watch
 from halfstep.numerics.truths import Truth, show
@@ -23,14 +25,34 @@ Places = Mapping[nn.Parameter, tuple[list[nn.Parameter], int]]  # parameter -> t
 
 
 def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Bring the floating-point states that have a parameter's shape to `dtype`, what the optimizer sees it in, and to the
-    parameter's strides: fused kernels walk through memory, not through indices."""
+    """Bring an optimizer's states of a parameter to `dtype`, what the optimizer sees it in, as `match_state` does."""
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape and key != "step":
-            laid_out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-            is_so = value.is_sparse or value.stride() == laid_out.stride()
-            state[key] = value.to(dtype) if is_so else laid_out.copy_(value)
+        if key != "step":
+            state[key] = match_state(value, parameter, dtype)
+
+
+def match_state(state: Any, parameter: nn.Parameter, dtype: torch.dtype) -> Any:
+    """A state of a parameter, or a nest of them, with its floating-point tensors in `dtype`.
+
+    Those of the parameter's shape get its strides, because fused kernels walk through memory, not through indices. Single
+    numbers stay as they are: optimizers keep them in fp32 whatever the parameter is in.
+
+    Examples:
+        >>> match_state([torch.ones(3), 2], nn.Parameter(torch.ones(4)), torch.bfloat16)
+        [tensor([1., 1., 1.], dtype=torch.bfloat16), 2]
+    """
+
+    def match(value: Any) -> Any:
+        is_number = isinstance(value, Tensor) and value.dim() == 0 and parameter.dim() > 0
+        if not isinstance(value, Tensor) or is_number:
+            return value
+        wanted = dtype if value.is_floating_point() else value.dtype
+        laid_out = torch.empty_like(parameter, dtype=wanted, requires_grad=False)
+        is_so = value.shape != parameter.shape or value.is_sparse or value.stride() == laid_out.stride()
+        return value.to(wanted) if is_so else laid_out.copy_(value)
+
+    return tree_map(match, state)
 
 
 @contextmanager

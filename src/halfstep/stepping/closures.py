@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.mechanisms.master_weights import MasterWeights
+from halfstep.mechanisms.operators import forget_casts
 from halfstep.stepping.optimizers import Optimizers
 from halfstep.window import Finding, Window
 
@@ -57,6 +58,7 @@ class ClosureStep:
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> float:
         self.window.clear()
+        forget_casts()  # of the weights before the optimizer moved them
         with self.masters.narrowed(), torch.enable_grad():
             with self.autocast():
                 value = closure()

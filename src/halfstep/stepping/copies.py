@@ -1,18 +1,18 @@
 """Copies of a prepared model are plain fp32 models: those of copy.deepcopy, and those that torch.save writes.
 
 A plan is a thing of one model and its optimizer: units of another class, narrow weights whose truth lies beside them, hooks
-that know the window. A copy has none of it. It is taken while every weight is wide; then its units get their classes back
-and the hooks that halfstep registered are left out. Hooks and classes of others go along.
+that know the window. A copy has none of it: in place of narrow weights it has their full precision, its units get their
+classes back, and the hooks that halfstep registered are left out. Hooks and classes of others go along.
 """
 
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from halfstep.mechanisms.layers import undo_unit
 
@@ -20,15 +20,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_di
          "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 
 
-def guard_copies(model: nn.Module, widened: Callable[[], AbstractContextManager[None]]) -> ExitStack:
+def guard_copies(model: nn.Module, read_wide: Callable[[], Mapping[nn.Parameter, Tensor]]) -> ExitStack:
     """Let copies and pickles of a model be plain ones, until the stack that is returned is closed.
 
-    widened: a block in which every parameter has its full precision.
+    read_wide: gives the full precision of every narrow parameter, in memory of its own.
 
     Examples:
-        >>> from contextlib import nullcontext
         >>> layer = nn.Linear(1, 1)
-        >>> guards = guard_copies(layer, nullcontext)
+        >>> guards = guard_copies(layer, dict)
         >>> copy.deepcopy(layer).__dict__.keys() == nn.Linear(1, 1).__dict__.keys()
         True
         >>> guards.close()
@@ -36,11 +35,12 @@ def guard_copies(model: nn.Module, widened: Callable[[], AbstractContextManager[
     guards: dict[str, Any] = {}
 
     def copy_plainly(memo: dict[int, Any]) -> nn.Module:
+        for parameter, value in read_wide().items():  # as if it had been copied already, whoever refers to it
+            memo.setdefault(id(parameter), type(parameter)(value, parameter.requires_grad))
         for name in guards:
             del model.__dict__[name]
         try:
-            with widened():
-                twin = copy.deepcopy(model, memo)
+            twin = copy.deepcopy(model, memo)
         finally:
             model.__dict__.update(guards)
         _strip(twin)

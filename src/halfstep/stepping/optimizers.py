@@ -6,17 +6,19 @@ and in 8 bits between the steps where the plan says so. States that are loaded a
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.mechanisms.master_weights import MasterWeights, match_states
 from halfstep.mechanisms.optimizer_states import NarrowStates
 from halfstep.numerics.kernels import Kernels
+from halfstep.numerics.openings import match_state
 from halfstep.records import Stall
-from halfstep.window import lay_out_like
 
 
 class Optimizers:
@@ -98,14 +100,14 @@ class Optimizers:
         """Learning rates times a factor inside the block; schedulers never see it."""
         groups = [group for optimizer in self.all for group in optimizer.param_groups if "lr" in group]
         rates = [group["lr"] for group in groups]
-        if factor != 1.0:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * factor
+        lent = rates if factor == 1.0 else [rate * factor for rate in rates]
+        for group, rate in zip(groups, lent, strict=True):
+            group["lr"] = rate
         try:
             yield
         finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
+            for group, rate, shown in zip(groups, rates, lent, strict=True):
+                group["lr"] = rate if group["lr"] is shown else group["lr"] / factor  # an optimizer may set its own
 
     def close(self) -> None:
         """Look at no states that are loaded from now on."""
@@ -123,12 +125,16 @@ class Optimizers:
         for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
                 for key, value in self._incoming["state"].get(index, {}).items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
-                        dtype = self._find_dtype(parameter) if value.is_floating_point() else value.dtype
-                        optimizer.state[parameter][key] = lay_out_like(parameter, value, dtype)
+                    if key != "step" and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                        own = tree_map(partial(_copy_to, parameter.device), value)
+                        optimizer.state[parameter][key] = match_state(own, parameter, self._find_dtype(parameter))
         self._incoming = {}
         if optimizer in self._states:
             self._states[optimizer].narrow(optimizer.state)
+
+
+def _copy_to(device: torch.device, value: Any) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -233,7 +233,7 @@ def require_plan(plan: Plan, drafted: Conversion, options: Options, optimizers: 
     narrow = {p for p, s in drafted.storage.items() if s.storage == "fp16" and s.master == "none"}
     for optimizer, group in ((o, group) for o in optimizers for group in o.param_groups):
         eps = group.get("eps")
-        if eps is not None and eps < fp16.smallest_subnormal and narrow.intersection(group["params"]):
+        if isinstance(eps, Real) and eps < fp16.smallest_subnormal and narrow.intersection(group["params"]):
             raise UnsupportedError(
                 f"{type(optimizer).__name__} has eps={eps:g}, which is 0 in fp16, and the plan keeps no fp32 "
                 f"master; give eps >= {fp16.smallest_subnormal:.2g} (1e-4 is usual), or master=fp32 in the plan"

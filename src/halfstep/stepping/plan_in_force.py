@@ -117,11 +117,11 @@ class PlanInForce:
             self.stop_waiting()
             try:
                 choice = self._fit_saved(budget, args, kwargs) if budget else self._choose(given, args, kwargs)
-            except Exception:
+                plan = self._options.find_ranks().gather(str(choice.plan))[0]
+                take(replace(choice, plan=Plan.parse(plan)))
+            except BaseException:  # Ctrl-C too, after which a notebook goes on
                 self.wait_for_batch(take, budget, given)
                 raise
-            plan = self._options.find_ranks().gather(str(choice.plan))[0]
-            take(replace(choice, plan=Plan.parse(plan)))
 
         self.stop_waiting()
         self._waiting, self.budget = self._model.register_forward_pre_hook(choose, with_kwargs=True), budget
