@@ -73,6 +73,27 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize("module", [packing, dropouts, gelus, losses, scaled_attention])
+def test_kernels_are_tried_alike_wherever_they_are_first_needed(module: ModuleType, tmp_path: Path) -> None:
+    """As in a loop that keeps an autocast of its own around the model."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.KERNELS.find(tmp_path).functions is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_kernels_that_cannot_be_tried_are_left_out(tmp_path: Path) -> None:
+    def fail(_: object) -> bool:
+        raise RuntimeError("no memory\nat all")
+
+    library = kernels.Kernels("packing.c", packing.KERNELS.signatures, fail).find(tmp_path)
+    assert library.functions is None and library.why.endswith("could not be tried: no memory")
+
+
+@pytest.mark.usefixtures("quick_compiler")
 def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert packing.KERNELS.find(tmp_path / "new" / "folder").functions is not None
 

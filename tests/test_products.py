@@ -127,6 +127,15 @@ def test_kernels_say_why() -> None:
     assert (mixed.name, mixed.is_native) == ("fp32", False)
 
 
+def test_sums_that_may_not_fit_into_int32_are_not_made_there() -> None:
+    terms = 133_145
+    left, right = (
+        quantize(torch.ones(shape), "int8", "row", dim=dim) for shape, dim in (((2, terms), 1), ((terms, 3), 0))
+    )
+    assert choose_kernel(left, right, torch.float32).name == "fp32"
+    assert multiply(left, right, torch.float32).sub(terms).abs().max() < 1e-3 * terms
+
+
 @pytest.mark.parametrize("has_vnni", [False, True])
 def test_integers_are_native_where_the_processor_has_them(has_vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)

@@ -383,6 +383,18 @@ class TestRoutes:
             torch.set_float32_matmul_precision(before)
         assert "_Convolution" in type(conv2d(*make_inputs()).grad_fn).__name__
 
+    def test_precision_that_torch_keeps_backend_by_backend_may_round_products(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # torch builds its modules as classes
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        try:
+            with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+                torch.get_float32_matmul_precision()
+            assert "_Convolution" not in type(conv2d(*make_inputs()).grad_fn).__name__ and not ROUTES
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
+
     def test_routes_are_saved_and_put_back(self) -> None:
         conv2d(*make_inputs())
         saved, before = get_routes(), dict(ROUTES)

@@ -1,5 +1,6 @@
 """Process settings are set inside the block and as before after it, also after an exception."""
 
+import ctypes
 import platform
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_denormals_are_flushed_inside_and_kept_after() -> None:
     assert not flushes()
     with tune_process(allocator=False, flush_denormals=True) as settings:
         assert flushes()
-        assert settings == {"flush_denormals": "on: subnormals cost cycles"}
+        assert settings == {"flush_denormals": "on in this thread and those that it starts: subnormals cost cycles"}
     assert not flushes()
 
 
@@ -97,17 +98,17 @@ def test_nothing_is_touched_when_nothing_is_asked_for(allocator: list[dict[int, 
     assert allocator == []
 
 
-def test_allocator_goes_back_to_its_defaults(allocator: list[dict[int, int]]) -> None:
+def test_allocator_goes_back_to_what_glibc_comes_to_by_itself(allocator: list[dict[int, int]]) -> None:
     with tune_process(allocator="glibc") as settings:
         assert settings == {"allocator": "glibc keeps freed blocks"}
         assert allocator == [runtime._KEEP_BLOCKS]
-    assert allocator == [runtime._KEEP_BLOCKS, runtime._GLIBC_DEFAULTS]
+    assert allocator == [runtime._KEEP_BLOCKS, runtime._GROWN]
 
 
 def test_allocator_goes_back_after_an_exception(allocator: list[dict[int, int]]) -> None:
     with pytest.raises(KeyError), tune_process():
         raise KeyError
-    assert allocator == [runtime._KEEP_BLOCKS, runtime._GLIBC_DEFAULTS]
+    assert allocator == [runtime._KEEP_BLOCKS, runtime._GROWN]
 
 
 def test_setting_that_is_refused_takes_the_ones_before_it_back(allocator: list[dict[int, int]]) -> None:
@@ -115,11 +116,41 @@ def test_setting_that_is_refused_takes_the_ones_before_it_back(allocator: list[d
     with pytest.raises((RuntimeError, ValueError)), tune_process(threads=0):
         pass
     assert torch.get_num_threads() == before
-    assert allocator in ([], [runtime._KEEP_BLOCKS, runtime._GLIBC_DEFAULTS])
+    assert allocator in ([], [runtime._KEEP_BLOCKS, runtime._GROWN])
+
+
+def test_an_inner_block_leaves_the_allocator_to_the_outer_one(allocator: list[dict[int, int]]) -> None:
+    with tune_process(allocator="glibc"):
+        with tune_process(allocator="glibc") as settings:
+            assert settings == {"allocator": "glibc keeps freed blocks"}
+        assert allocator == [runtime._KEEP_BLOCKS]
+    assert allocator == [runtime._KEEP_BLOCKS, runtime._GROWN]
+
+
+@pytest.mark.parametrize("most", [1 << 30, 32 << 20, 0])
+def test_glibc_that_refuses_a_threshold_is_asked_for_less_or_left_alone(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other thresholds that it took would have ended its own adjustment of this one."""
+    taken: dict[int, int] = {}
+
+    class Libc:
+        def mallopt(self, key: int, value: int) -> int:
+            if key == runtime._M_MMAP_THRESHOLD and value > most:
+                return 0
+            taken[key] = value
+            return 1
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.30"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Libc())
+    with tune_process(allocator="glibc") as settings:
+        assert settings["allocator"].startswith("glibc keeps" if most else "untouched")
+        assert taken == ({**runtime._KEEP_BLOCKS, runtime._M_MMAP_THRESHOLD: most} if most else {})
+    assert taken == (runtime._GROWN if most else {})
 
 
 def test_defaults_name_every_threshold_that_is_moved() -> None:
-    assert runtime._GLIBC_DEFAULTS.keys() == runtime._KEEP_BLOCKS.keys()
+    assert runtime._GROWN.keys() == runtime._KEEP_BLOCKS.keys()
 
 
 def test_allocator_of_another_c_library_is_left_alone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +162,7 @@ def test_allocator_of_another_c_library_is_left_alone_and_said(monkeypatch: pyte
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_glibc_takes_the_thresholds() -> None:
     assert runtime._mallopt(runtime._KEEP_BLOCKS)
-    assert runtime._mallopt(runtime._GLIBC_DEFAULTS)
+    assert runtime._mallopt(runtime._GROWN)
 
 
 def run_python(code: str) -> str:

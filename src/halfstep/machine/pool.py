@@ -92,8 +92,9 @@ def _find_limit() -> str:
     """Why addresses may not be taken in advance."""
     import resource  # not on Windows
 
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        return "the addresses of the process are limited (RLIMIT_AS), and a pool reserves many"
+    for name in ("RLIMIT_AS", "RLIMIT_DATA"):
+        if resource.getrlimit(getattr(resource, name))[0] != resource.RLIM_INFINITY:
+            return f"the addresses of the process are limited ({name}), and a pool reserves many"
     try:
         strict = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
     except OSError:

@@ -6,8 +6,9 @@
     threads             torch's intra-operation threads.
     flush_denormals     subnormal fp32 operands cost tens of cycles each on x86.
 
-glibc cannot say what its thresholds are, so on exit they are set to its documented defaults. Where a setting has no
-effect (musl, macOS, another allocator preloaded) it is left out, and the returned table says so.
+glibc cannot say what its thresholds are, so at the end of the outermost block they are set to what its own adjustment comes to in
+a process that has freed large blocks (mallopt(3): at most 32 MiB, and twice that for the other). Where a setting has no effect
+(musl, macOS, another allocator preloaded) it is left out, and the returned table says so.
 """
 
 import ctypes
@@ -26,17 +27,32 @@ from halfstep.errors import ModelError, describe_unknown
 from halfstep.machine import pool
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_GLIBC_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10}
+_GROWN = {_M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10}
 ALLOCATORS = (True, False, "pool", "glibc")
-_KEEP_BLOCKS = {_M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 16 << 20, _M_MMAP_THRESHOLD: 1 << 30}
+_KEEP_BLOCKS = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 16 << 20}
+_keeping: list[bool] = []  # an entry for each open block
 
 
 def _mallopt(values: dict[int, int]) -> bool:
-    """Set glibc's thresholds; whether that was possible."""
+    """Set glibc's thresholds in this order, until it refuses one; whether it took all."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     return hasattr(libc, "mallopt") and all(libc.mallopt(key, value) == 1 for key, value in values.items())
+
+
+@contextmanager
+def _keep_blocks() -> Iterator[bool]:
+    """A block in which glibc keeps what is freed; yields whether it does. Inside another one it changes nothing."""
+    if not _keeping:
+        older = _KEEP_BLOCKS | {_M_MMAP_THRESHOLD: 32 << 20}  # the most that glibc before 2.35 takes
+        kept = _mallopt(_KEEP_BLOCKS) or _mallopt(older)
+    _keeping.append(kept if not _keeping else _keeping[0])
+    try:
+        yield _keeping[-1]
+    finally:
+        if _keeping.pop() and not _keeping:
+            _mallopt(_GROWN)
 
 
 @contextmanager
@@ -61,8 +77,7 @@ def tune_process(
     settings: dict[str, str] = {}
     with ExitStack() as restore:
         if allocator:
-            restore.callback(_mallopt, _GLIBC_DEFAULTS)
-            kept = _mallopt(_KEEP_BLOCKS)
+            kept = restore.enter_context(_keep_blocks())
             settings["allocator"] = "glibc keeps freed blocks" if kept else "untouched: the C library does not take it"
         if allocator in (True, "pool"):
             why = restore.enter_context(pool.open_pool())
@@ -74,7 +89,11 @@ def tune_process(
         if flush_denormals:
             restore.callback(torch.set_flush_denormal, _flushes_denormals())
             done = torch.set_flush_denormal(True)
-            settings["flush_denormals"] = "on: subnormals cost cycles" if done else "untouched: the processor cannot"
+            settings["flush_denormals"] = (
+                "on in this thread and those that it starts: subnormals cost cycles"
+                if done
+                else "untouched: the processor cannot"
+            )
         yield settings
 
 

@@ -155,7 +155,7 @@ def _drop(functions: ctypes.CDLL, x: Tensor, drop: Drop) -> Tensor:
 
 def _agrees(functions: ctypes.CDLL) -> bool:
     """Whether kernel and truth give the same bits, tried on two blocks and a bit."""
-    x, drop = torch.linspace(-1.0, 3.0, 1029, device="cpu"), Drop(0.3, (12345, 678))
+    x, drop = torch.linspace(-1.0, 3.0, 1029, dtype=torch.float32, device="cpu"), Drop(0.3, (12345, 678))
     return all(torch.equal(_drop(functions, n, drop), drop_slowly(n, drop)) for n in (x, x.to(torch.bfloat16)))
 
 

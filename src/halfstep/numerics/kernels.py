@@ -126,13 +126,21 @@ class Kernels:
             except (OSError, AttributeError, subprocess.SubprocessError) as error:
                 failure = str(getattr(error, "stderr", "") or error).strip().partition("\n")[0]
                 continue
-            with _disable_current_modes(), torch._C.DisableTorchFunction():  # some modes give tensors without memory
-                agrees = self.agrees(functions)
-            if not agrees:
-                failure = f"what was compiled does not compute what {self.source.stem}.py says"
+            if fault := self._try(functions):
+                failure = fault
                 continue
             return Library(functions, f"{compiler} {' '.join(flags)}")
         return Library(None, f"{compiler} failed: {failure}")
+
+    def _try(self, functions: ctypes.CDLL) -> str:
+        """Why they are of no use; "" where they compute what they should, in whatever block of the user's they are tried."""
+        plain = torch.autocast("cpu", enabled=False)
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), plain:  # some modes give tensors without memory
+            try:
+                agrees = self.agrees(functions)
+            except RuntimeError as error:
+                return f"what was compiled could not be tried: {str(error).partition(chr(10))[0]}"
+        return "" if agrees else f"what was compiled does not compute what {self.source.stem}.py says"
 
     def _compile(self, compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
         """Into a file beside, then moved: another process never sees half a library."""
@@ -170,7 +178,7 @@ def _describe_processor() -> str:
 
 def make_buffer(count: int) -> Tensor:
     """[count] uint8 from the heap."""
-    return torch.empty(count, dtype=torch.uint8)
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
 def hold_constant(function: Callable[P, R]) -> Callable[P, R]:

@@ -166,7 +166,7 @@ def unpack_bits(codes: Tensor, count: int) -> Tensor:
     functions = KERNELS.take(codes)
     if functions is None:
         return unpack_bits_slowly(codes, count)
-    mask = torch.empty(count, dtype=torch.bool)
+    mask = torch.empty(count, dtype=torch.bool, device="cpu")
     functions.unpack_bits(codes.data_ptr(), count, mask.data_ptr())
     return mask
 
@@ -191,7 +191,7 @@ def _unpack_groups(
 
 def _agrees(functions: ctypes.CDLL) -> bool:
     """Whether kernels and truth give the same bits, tried on three groups, the last one short."""
-    x, keys = torch.linspace(-1.0, 3.0, 2 * GROUP + 5, device="cpu"), (12345, 678)
+    x, keys = torch.linspace(-1.0, 3.0, 2 * GROUP + 5, dtype=torch.float32, device="cpu"), (12345, 678)
     for bits in BITS:
         truth, native = pack_groups_slowly(x, bits, keys), _pack_groups(functions, x, bits, keys)
         same = torch.equal(truth.codes, native.codes) and torch.equal(truth.scales, native.scales)

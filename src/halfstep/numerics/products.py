@@ -17,8 +17,9 @@ the longest dimension and is the noisiest of the three.
 A product runs in one of these ways; `choose_kernel` says which and why:
 
     scaled_mm   torch._scaled_mm, fp8 with one scale a tensor or row, on CUDA from compute capability 8.9
-    int_mm      torch._int_mm, int8 with one scale a tensor or row: sums in int32, exact; on CUDA, and on CPUs with VNNI:
-                on an EPYC with avx512_vnni it took half of bf16's time at 1024 x 256 x 1024, as long at 4096 x 1024 x 1024
+    int_mm      torch._int_mm, int8 with one scale a tensor or row: sums in int32, exact, where they are sure to fit (133,144
+                products); on CUDA, and on CPUs with VNNI: on an EPYC with avx512_vnni it took half of bf16's time at 1024 x 256 x
+                1024, as long at 4096 x 1024 x 1024
     bf16        emulated: the numbers, scales included, in bf16, where they are exact there (significands of 8 bits, scales
                 that are powers of two) and the result is wanted in bf16
     fp32        emulated: all else. A CPU's bf16 product sums in fp32 but returns bf16; only an fp32 product returns fp32,
@@ -46,6 +47,7 @@ from halfstep.numerics.rounding import round_to
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 """Operand formats without scales, and the dtype that their numbers are kept in."""
 WHOLE = Scaling(kind="tensor")
+MOST_TERMS = (2**31 - 1) // 127**2  # products of int8 numbers whose sum fits into int32, whatever they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,6 +366,8 @@ def _explain_emulation(left: ScaledTensor | Tensor, right: ScaledTensor | Tensor
 
 def _explain_integers(left: ScaledTensor, right: ScaledTensor) -> str:
     device, (rows, terms), columns = left.values.device, left.shape, right.shape[1]
+    if terms > MOST_TERMS:
+        return f"sums of over {MOST_TERMS:,} products of int8 numbers may not fit into int32; this one has {terms:,}"
     if device.type == "cpu":
         return "" if torch.cpu._is_vnni_supported() else "int8 is multiplied on CPUs with VNNI; this has none"
     if device.type != "cuda":

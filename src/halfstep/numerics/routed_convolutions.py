@@ -177,8 +177,8 @@ def find_route(
 def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: torch.dtype, product: Product) -> Route:
     """window: as a plain tuple, since the compiler loses the numbers of a named one."""
     moves = Window(*window)
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "torch"  # products may be rounded then, and convolutions are not
+    if dtype == torch.float32 and _rounds_products():
+        return "torch"
     shape = _name_shape(images, weight, window, dtype, torch.get_num_threads(), product)
     if shape in ROUTES:
         return ROUTES[shape]
@@ -195,6 +195,14 @@ def _time_route(images: Place, weight: Place, window: tuple[Any, ...], dtype: to
         })  # fmt: skip
     ROUTES[shape] = "patches" if seconds["patches"] < GAIN * seconds["torch"] else "torch"
     return ROUTES[shape]
+
+
+def _rounds_products() -> bool:
+    """Whether torch may round operands of products in fp32, as it does those of convolutions by another setting."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set by the newer attributes, backend by backend
+        return True
 
 
 @lru_cache
