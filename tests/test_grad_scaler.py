@@ -1086,3 +1086,25 @@ def test_gradients_that_vanish_in_fp16_are_lifted() -> None:
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     assert weight.tolist() == [-(2.0**-27)] * 4  # 2^-25 is the smallest that fp16 does not round to 0
+
+
+def test_a_disabled_scaler_keeps_nothing_of_its_steps() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), GradScaler("cpu", enabled=False)
+    for _ in range(3):
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert not scaler._memory.open
+
+
+def test_unscaling_twice_is_torchs_error_and_no_warning_of_clipping() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), GradScaler("cpu")
+    for _ in range(3):
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match=r"unscale_\(\) has already been called"):
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()

@@ -1,17 +1,22 @@
 import math
+import time
+from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from halfstep.control.monitor import Audit
 from halfstep.conversion import convert
-from halfstep.errors import UnsupportedError
+from halfstep.errors import ModelError, UnsupportedError
 from halfstep.mechanisms.layers import Gate, Unit, cast_floats, find_kind, make_unit, undo_unit
 from halfstep.plan import KINDS, Plan
 from halfstep.stepper import prepare
-from helpers import copy_weights, make_cnn, make_mlp, seeded
+from helpers import copy_weights, make_cnn, make_mlp, make_profile, seeded
 
 
 @pytest.mark.parametrize(
@@ -273,3 +278,117 @@ def test_layer_scale_takes_what_the_layer_takes() -> None:
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(UnsupportedError, match="loss_scale=layer"):
         convert(normed, Plan.parse(LAYERWISE))
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    name: str = "out"
+
+
+class Returning(nn.Module):
+    """Returns a dataclass that torch's pytree does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.layer(x))
+
+
+@pytest.mark.parametrize("mode", ["bf16-true", "16-true", "auto"])
+def test_a_model_that_returns_a_dataclass_returns_it_in_fp32(mode: str) -> None:
+    model = Returning()
+    stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), mode, profile=make_profile("native"))
+    with stepper.autocast():
+        output = model(torch.ones(4, 8))
+        loss = output.logits.float().square().mean()
+    assert isinstance(output, Output) and output.name == "out"
+    assert mode == "auto" or output.logits.dtype is torch.float32
+    assert stepper.step(loss).applied
+
+
+def test_what_is_converted_already_is_refused_and_left_as_it_was() -> None:
+    plan = Plan.parse("path=head compute=fp32\ncompute=bf16")
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+    first = convert(model, plan)
+    x = torch.ones(1, 4)
+    with first.autocast():
+        before = model(x)
+    for again in (model, nn.Sequential(model)):
+        with pytest.raises(ModelError, match="is converted already; undo that first"):
+            convert(again, Plan.parse("compute=bf16"))
+    with first.autocast():
+        assert torch.equal(model(x), before)
+    first.undo()
+    assert type(model.head) is nn.Linear and model(x).dtype is torch.float32
+
+
+def test_a_model_of_which_a_part_is_prepared_is_refused() -> None:
+    body = make_mlp()
+    stepper = prepare(body, torch.optim.SGD(body.parameters(), lr=0.1), "32-true")
+    whole = nn.Sequential(body, nn.Linear(3, 1))
+    with pytest.raises(ModelError, match="'0', a part of the model, is prepared already"):
+        prepare(whole, torch.optim.SGD(whole.parameters(), lr=0.1), "32-true")
+    stepper.restore()
+    prepare(whole, torch.optim.SGD(whole.parameters(), lr=0.1), "32-true")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("mode", ["bf16-true", "compute=bf16 storage=bf16 master=split", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+    ],
+    ids=lambda make: f"{make.__module__.rpartition('.')[2]}.{make.__name__}",
+)
+def test_weights_that_are_made_of_others_are_made_in_fp32(make: Callable[[nn.Module], nn.Module], mode: str) -> None:
+    with seeded(0):
+        model = nn.Sequential(make(nn.Linear(8, 8)), nn.Linear(8, 1))
+    stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), mode)
+    for _ in range(2):
+        with stepper.autocast():
+            loss = model(torch.ones(4, 8)).float().square().mean()
+        assert stepper.step(loss).applied
+    made_of = [p for name, p in model.named_parameters() if "original" in name or name.endswith(("_orig", "_g", "_v"))]
+    assert made_of and {p.dtype for p in made_of} == {torch.float32}
+
+
+def test_products_of_a_parametrization_are_none_of_the_layer_that_is_scaled() -> None:
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(2, 64)), nn.Parameter(torch.randn(64, 2))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.b @ self.a
+
+    with seeded(0):
+        layer, x = nn.Linear(64, 64), torch.randn(16, 64)
+        parametrize.register_parametrization(layer, "weight", LowRank())
+    made: list[Tensor] = []
+    layer.parametrizations.weight[0].register_forward_hook(lambda *args: made.append(args[2].detach()))  # type: ignore[index, union-attr]
+    expected = layer.weight.detach()
+    with convert(nn.Sequential(layer), Plan.parse("kind=linear compute=fp8_e4m3\ncompute=fp32")) as conversion:
+        conversion.model(x)
+    assert torch.equal(made[-1], expected)
+
+
+def test_two_threads_leave_each_other_the_parameters_of_a_norm() -> None:
+    class Waiting(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            time.sleep(0.01)
+            return y
+
+    model = nn.Sequential(Waiting(8))
+    weight = model[0].weight
+    with convert(model, Plan.parse("compute=bf16 storage=bf16 master=split")), ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: model(torch.ones(2, 8)), range(8)))
+        assert model[0].weight is weight and weight.dtype is torch.bfloat16

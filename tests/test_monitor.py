@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from halfstep.control.monitor import BACKWARD, Audit, follow_modules, name_dtype, observe_shapes
 from halfstep.conversion import convert
+from halfstep.machine.timing import PRODUCTS, count_operations
 from halfstep.plan import Plan
 from helpers import SPLIT, has_hooks, make_cnn, make_mlp
 
@@ -219,11 +220,32 @@ def test_conv_shape_holds_stride_and_groups() -> None:
     assert layer.output_numbers == 5 * 8 * 5 * 6
 
 
+@pytest.mark.parametrize(
+    ("layer", "numbers"),
+    [
+        (nn.Conv2d(1, 8, (1, 64)), (1, 64, 1, 1, 0, 0, 1, 1)),
+        (nn.Conv2d(1, 8, (22, 1), stride=(2, 1)), (22, 1, 2, 1, 0, 0, 1, 1)),
+        (nn.Conv2d(1, 8, 3), (3, 3, 1, 1, 0, 0, 1, 1)),
+        (nn.Conv2d(1, 8, 3, padding="same", dilation=2), (3, 3, 1, 1, 2, 2, 2, 2)),
+        (nn.Conv2d(1, 8, 3, padding="same"), (3, 1)),
+        (nn.Conv2d(1, 8, 1, padding="valid", stride=2), (1, 2)),
+    ],
+    ids=str,
+)
+def test_conv_shape_is_that_of_the_layer_whatever_its_window(layer: nn.Conv2d, numbers: tuple[int, ...]) -> None:
+    with observe_shapes(nn.Sequential(layer)) as shapes:
+        y = layer(torch.randn(2, 1, 32, 80))
+    shape = shapes["0"].shape
+    assert shape == (2, 1, 8, 32, 80, *numbers, 1)
+    assert count_operations("conv2d", shape) == 2 * y.numel() * layer.weight[0].numel()
+    assert PRODUCTS["conv2d"](shape, torch.float32, "cpu")["output"][0]().shape == y.shape  # type: ignore[attr-defined]
+
+
 def test_conv_without_a_batch_dimension_counts_as_a_batch_of_one() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3))
     with observe_shapes(model) as shapes:
         model(torch.randn(4, 10, 12))
-    assert shapes["0"].shape == (1, 4, 8, 10, 12, 3, 1, 1)
+    assert shapes["0"].shape == (1, 4, 8, 10, 12, 3, 3, 1, 1, 0, 0, 1, 1, 1)
 
 
 def test_layer_that_is_called_twice_is_counted_twice() -> None:

@@ -24,6 +24,7 @@ ROOMS = [path for path in FILES if path.name == "__init__.py" and path.parent !=
 
 SPINE = [
     "errors",
+    "nests",
     "records",
     "numerics.formats",
     "plan",
@@ -226,7 +227,7 @@ def test_spine_names_no_module_that_does_not_exist() -> None:
 def test_a_wrong_order_would_be_seen() -> None:
     check = load_layering_check().violations
     assert "plan imports errors, which stands after it" in check(SRC, "halfstep", SPINE[::-1])
-    swapped = ["errors", "records", "plan", "numerics.formats", *SPINE[4:]]
+    swapped = ["errors", "nests", "records", "plan", "numerics.formats", *SPINE[5:]]
     assert check(SRC, "halfstep", swapped) == ["plan imports numerics.formats, which stands after it"]
     assert "stepper is not in SPINE" in check(SRC, "halfstep", [name for name in SPINE if name != "stepper"])
 

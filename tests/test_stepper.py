@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -2683,7 +2684,7 @@ def test_states_in_lists_are_loaded_too_and_follow_a_plan() -> None:
     models[1].load_state_dict(saved[2])
     second.optimizer.load_state_dict(saved[1])
     for stepper in (first, second):
-        assert stepper.step(closure=lambda stepper=stepper: evaluate(stepper)).applied
+        assert stepper.step(closure=partial(evaluate, stepper)).applied
     assert_same(copy_weights(models[0]), copy_weights(models[1]))
     for plan in ("bf16-true", SPLIT):
         second.adopt(Plan.parse(plan))
@@ -2715,7 +2716,7 @@ def test_a_roll_back_inside_an_autocast_block_is_seen_in_it() -> None:
         with torch.no_grad():
             model.get_parameter("0.weight").fill_(math.nan)
         torch.clear_autocast_cache()
-        outcomes = []
+        outcomes: list[StepOutcome] = []
         while not outcomes or not outcomes[-1].recovery:
             outcomes += train(stepper, batches[:1])
         assert outcomes[-1].recovery.startswith("roll-back")
@@ -2827,9 +2828,13 @@ def test_after_a_plan_was_refused_a_roll_back_still_has_the_full_precision() -> 
 def test_auto_waits_on_after_it_was_interrupted(failure: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = make_mlp(), make_regression_batches(1)
     stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile=make_profile("slower"))
-    place = (plan_in_force, "choose_plan") if where == "choosing" else (stepper._in_force, "adopt")
+    places: dict[str, tuple[Any, str]] = {
+        "choosing": (plan_in_force, "choose_plan"),
+        "taking": (stepper._in_force, "adopt"),
+    }
+    owner, name = places[where]
     with monkeypatch.context() as patch, pytest.raises(failure):
-        patch.setattr(*place, lambda *_, **__: (_ for _ in ()).throw(failure()))
+        patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(failure()))
         train(stepper, batches)
     assert "not chosen yet" in repr(stepper) and stepper.state_dict()["plan"] is None
     assert train(stepper, batches)[0].applied and stepper.plan_record is not None

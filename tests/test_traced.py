@@ -219,7 +219,7 @@ def test_look_ups_with_sparse_gradients_are_made_beside_the_graphs() -> None:
     with seeded(0):
         rows, weights = torch.randint(7, (5, 3)), [torch.randn(7, 4), torch.randn(7, 4), torch.randn(4, 2)]
     compiled: Any = torch.compile(look_up, backend=record)
-    gradients = []
+    gradients: list[list[Any]] = []
     for function in (compiled, look_up):
         leaves = [weight.clone().requires_grad_() for weight in weights]
         with FunctionMode():

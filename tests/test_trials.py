@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.control import trials
-from halfstep.control.trials import halve_batch, leave_no_trace, run_once, stay_wide, try_plan
+from halfstep.control.trials import choose_batch, halve_batch, leave_no_trace, run_once, stay_wide, try_plan
 from halfstep.machine.timing import Stopwatch
 from halfstep.plan import Plan
 from helpers import assert_same, copy_weights, make_cnn
@@ -62,6 +62,36 @@ def test_gradients_of_a_trial_never_exist_together() -> None:
 )
 def test_batch_that_has_no_half_stays_whole(inputs: tuple[Tensor, ...]) -> None:
     assert halve_batch(inputs, {}) == (inputs, {})
+
+
+class Attending(nn.Module):
+    """[sequence, batch, 8] and a mask [sequence, sequence]: the first dimension is none of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "is_halved"),
+    [
+        (nn.Linear(8, 2), (torch.ones(4, 8),), True),
+        (Attending(), (torch.ones(4, 3, 8), torch.zeros(4, 4)), False),
+        (nn.BatchNorm1d(8), (torch.randn(2, 8),), False),  # raises a ValueError for one sample
+    ],
+    ids=["linear", "sequence first", "batch norm"],
+)
+def test_trials_run_on_the_whole_batch_where_the_model_does_not_take_half(
+    model: nn.Module, batch: tuple[Tensor, ...], is_halved: bool
+) -> None:
+    args, kwargs = choose_batch(model, batch, {}, Plan.preset("32-true"))
+    assert (len(args[0]) == len(batch[0]) // 2) == is_halved and kwargs == {}
+    given = Plan.parse("compute=bf16 storage=bf16 master=split")
+    assert "raises" not in try_plan(model, args, kwargs, Plan.preset("32-true"), given, Stopwatch("cpu"))[1]
 
 
 def test_a_model_that_fails_in_16_bits_stays_in_fp32_with_the_error_as_its_reason() -> None:

@@ -16,11 +16,15 @@ gives back the same parameter objects in fp32 and the same classes.
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from halfstep.control.monitor import Audit
 from halfstep.errors import ModelError, PlanError, PrecisionWarning, UnsupportedError
@@ -41,6 +45,7 @@ from halfstep.mechanisms.layers import (
     ScaledUnit,
     Unit,
     find_kind,
+    is_unit,
     make_unit,
     undo_unit,
 )
@@ -264,7 +269,15 @@ class Conversion:
                 parameter.data = live
 
     def apply(self) -> None:
-        """Do to the model what the plan says; an error on the way leaves the model as it was."""
+        """Do to the model what the plan says; an error on the way leaves the model as it was.
+
+        Raises ModelError for a model of which a part is converted already.
+        """
+        converted = [path or "the model" for path, module in self.model.named_modules() if is_unit(module)]
+        if converted:
+            raise ModelError(
+                f"'{converted[0]}' is converted already; undo that first (restore() of its stepper, undo() of its conversion)"
+            )
         try:
             for path, module in self.model.named_modules():
                 self._convert_unit(path, module)
@@ -309,7 +322,8 @@ class Conversion:
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     raise ModelError(
                         f"'{path}.{name}' is {parameter.dtype} already; halfstep keeps the fp32 truth itself: pass the "
-                        "model in fp32 (model.float()) and let the plan store it in 16 bits"
+                        "model in fp32 (model.float()) and let the plan store it in 16 bits; if a plan has done so already, "
+                        "undo that first (restore() of its stepper, undo() of its conversion)"
                     )
                 if parameter.dtype != torch.float32:
                     continue
@@ -441,6 +455,7 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
         )
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
+    resolution = replace(resolution, table=_keep_ingredients_wide(model, resolution.table))
     for path, module in model.named_modules():
         require_possible(path, module, resolution.table[path])
         if plan.loss_scale == "layer":
@@ -452,3 +467,20 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
                 )
     device_type = next((p.device.type for p in model.parameters()), "cpu")
     return Conversion(model, plan, resolution, device_type)
+
+
+def _keep_ingredients_wide(model: nn.Module, table: Mapping[str, Settings]) -> dict[str, Settings]:
+    """Settings under which what other weights are made of is stored in fp32: code that makes them may mix it with buffers, as
+    spectral norm does, and buffers are not converted."""
+    places = [path for path, module in model.named_modules() if _makes_weights(module)]
+    kept = dict(table)
+    for path in table:
+        if table[path].storage != "fp32" and any(path == place or path.startswith(f"{place}.") for place in places):
+            why = "; ".join(filter(None, [table[path].why, "other weights are made of it"]))
+            kept[path] = replace(table[path], storage="fp32", master="none", why=why)
+    return kept
+
+
+def _makes_weights(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, ParametrizationList) or any(isinstance(hook, SpectralNorm | WeightNorm) for hook in hooks)

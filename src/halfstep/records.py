@@ -30,7 +30,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Record):
-    """A timed operation. `shape` is (m, k, n) for a matmul; (batch, in, out, height, width, kernel, stride, groups) for conv."""
+    """A timed operation. `shape` is (m, k, n) for a matmul, and for a convolution what `machine.timing` says."""
 
     operation: str  # matmul | conv2d | cast | copy | dispatch
     product: str  # output | grad_input | grad_weight | all; "" where it does not apply

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.monitor import find_first_nonfinite
 from halfstep.distributed import communicates, is_inside_wrapper
 from halfstep.errors import ModelError, PrecisionWarning
 from halfstep.mechanisms.gradients import find_nonfinite, measure_norm, measure_norm_slowly, take_values
+from halfstep.nests import list_tensors, map_tensors
 from halfstep.numerics.products import Histories
 from halfstep.snapshot import Buffers, copy_buffers, find_owners, put_back_buffers
 
@@ -86,7 +86,7 @@ class Window:
             self.buffers, self.amaxes = copy_buffers(find_owners(self.model)), self.histories.copy()
         self.is_wrapped = is_inside_wrapper()
         # detached: another network's graph may hang on them
-        self._inputs[self.micro] = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+        self._inputs[self.micro] = map_tensors(Tensor.detach, (args, kwargs))
 
     def forget_passes(self) -> None:
         """Forward passes that no backward pass has followed do not count any more: the model has been loaded since."""
@@ -195,7 +195,7 @@ class Window:
         """The layer where a bad forward pass went wrong, by running it again; None where that cannot be told."""
         if micro not in self._inputs or communicates(self.model):
             return None
-        if any(isinstance(v, Tensor) and not v.numel() for v in tree_leaves(self._inputs[micro])):
+        if any(not tensor.numel() for tensor in list_tensors(self._inputs[micro])):
             return "(empty)"
         try:
             with autocast():

@@ -19,9 +19,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from halfstep.machine.timing import describe_convolution
 from halfstep.mechanisms.layers import DTYPES, find_kind
+from halfstep.nests import list_tensors
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -136,9 +137,7 @@ class Audit(TorchDispatchMode):
         name = func.overloadpacket.__name__
         path = self._running[-1] if self._running else name_backward(self._trail.find_running())
         if name in _PRODUCTS or "attention" in name:
-            tensors = [
-                t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype not in (torch.bool, torch.int64)
-            ]
+            tensors = [t for t in list_tensors(args) if t.dtype not in (torch.bool, torch.int64)]
             if tensors:
                 self.computed.setdefault(path, Counter())[self._name_format(path, tensors[0].dtype)] += 1
         elif name in _CASTS:
@@ -202,7 +201,7 @@ def find_first_nonfinite(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
 
 def _is_finite(values: Any, *, masks: bool = False) -> bool:
     """masks: negative infinity is one, as in an attention mask, and no fault."""
-    leaves = [t for t in tree_leaves(values) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+    leaves = [t for t in list_tensors(values) if t.is_floating_point() or t.is_complex()]
     return all(
         bool((torch.isfinite(t) | (torch.isneginf(t) if masks and not t.is_complex() else False)).all()) for t in leaves
     )
@@ -243,16 +242,7 @@ def observe_shapes(model: nn.Module) -> Iterator[Mapping[str, LayerShape]]:
 def _describe(path: str, module: nn.Module, x: Tensor, y: Tensor) -> LayerShape:
     shape: tuple[int, ...]
     if isinstance(module, nn.Conv2d):
-        operation = "conv2d"
-        shape = (
-            x.shape[0] if x.ndim == 4 else 1,
-            module.in_channels,
-            module.out_channels,
-            *x.shape[-2:],
-            module.kernel_size[0],
-            module.stride[0],
-            module.groups,
-        )
+        operation, shape = "conv2d", describe_convolution(module, x.shape)
     else:
         operation, shape = "matmul", (x.numel() // x.shape[-1], x.shape[-1], y.shape[-1])
     weight = getattr(module, "weight", None)

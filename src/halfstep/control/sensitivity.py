@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from halfstep.control.monitor import LayerShape, observe_shapes
 from halfstep.control.search import NOISE, UNTIMED, LayerCost, SavedCost, choose_formats, choose_saved_formats
-from halfstep.control.trials import find_devices, halve_batch, leave_no_trace, stay_wide, try_memory_formats, try_plan
+from halfstep.control.trials import choose_batch, find_devices, leave_no_trace, stay_wide, try_memory_formats, try_plan
 from halfstep.conversion import convert, draft_conversion
 from halfstep.errors import ModelError, PlanError
 from halfstep.machine.hardware import EQUAL
@@ -31,6 +30,7 @@ from halfstep.machine.runtime import release_memory
 from halfstep.machine.timing import DTYPES, Stopwatch, time_products
 from halfstep.mechanisms.activations import Keeper
 from halfstep.mechanisms.layers import find_kind
+from halfstep.nests import list_tensors
 from halfstep.numerics import rows
 from halfstep.plan import AUTO, Plan, Rule, Settings
 from halfstep.records import Capability, HardwareProfile, HarmRecord, SavedRecord
@@ -157,7 +157,7 @@ def project(outputs: Any) -> Tensor:
 
     Raises ModelError where no output depends on a weight.
     """
-    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    tensors = [t for t in list_tensors(outputs) if t.requires_grad]
     if not tensors:
         raise ModelError("the model returns no tensor that depends on its weights, so no gradient can be measured")
     return sum((t.to(torch.float32) * torch.randn_like(t, dtype=torch.float32)).mean() for t in tensors)  # type: ignore[return-value]
@@ -279,8 +279,8 @@ def choose_plan(
         found = _keep_tables(model, _follow_ties(model, choose_formats(costs, untimed=untimed)))
         ordered_already = _list_stated(model, given, "memory_format")
         convolutions = [cost for cost in costs if cost.path not in ordered_already]
-        half = halve_batch(args, kwargs)
         wide = complete(Plan(rules=(Rule(compute="fp32"),)))
+        half = choose_batch(model, args, kwargs, wide)
         plan, said = try_memory_formats(model, *half, complete(found), shapes, convolutions, profile.device)
         wins, why = try_plan(model, *half, wide, plan, Stopwatch(profile.device))
         if not wins:

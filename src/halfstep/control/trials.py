@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from halfstep.control.memory_formats import (
     is_there_already,
@@ -29,6 +28,7 @@ from halfstep.control.monitor import LayerShape
 from halfstep.control.search import NOISE, LayerCost
 from halfstep.conversion import convert
 from halfstep.machine.timing import Stopwatch
+from halfstep.nests import list_tensors, map_tensors
 from halfstep.plan import Plan, Rule
 
 TRIALS = 5
@@ -64,7 +64,7 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
 def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Forward and backward; every floating-point output gets the same gradient everywhere. The gradients of the weights are
     dropped as they come: a trial should not need more memory than the training after it."""
-    outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [t for t in list_tensors(model(*args, **kwargs)) if t.requires_grad]
     with ExitStack() as hooks:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -83,14 +83,30 @@ def halve_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequenc
         >>> halve_batch((torch.ones(4, 2),), {})[0][0].shape
         torch.Size([2, 2])
     """
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    sizes = {t.shape[0] if t.ndim else 0 for t in tensors}
+    sizes = {t.shape[0] if t.ndim else 0 for t in list_tensors((args, kwargs))}
     if len(sizes) != 1 or min(sizes) < 2:
         return args, kwargs
-    halved: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(
-        lambda v: v[: v.shape[0] // 2] if isinstance(v, Tensor) else v, (args, kwargs)
-    )
+    halved: tuple[Sequence[Any], Mapping[str, Any]] = map_tensors(lambda t: t[: t.shape[0] // 2], (args, kwargs))
     return halved
+
+
+def choose_batch(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], wide: Plan
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """What trials run on: half of a batch, where the model takes it; all of it where not.
+
+    The first dimension may be none of samples, as in [sequence, batch]; and half a batch may be too small, as one sample is
+    for a batch norm of vectors.
+
+    wide: the plan that it is tried under.
+    """
+    half = halve_batch(args, kwargs)
+    try:
+        with convert(model, wide) as conversion, conversion.autocast():
+            run_once(model, *half)
+    except Exception:
+        return args, kwargs
+    return half
 
 
 def try_plan(
@@ -105,10 +121,10 @@ def try_plan(
     for _ in range(TRIES):
         try:
             times = race(model, args, kwargs, (wide, plan), watch)
-        except RuntimeError as error:  # inputs in fp32 beside weights in 16 bits, where torch wants them alike
+        except Exception as error:  # inputs in fp32 beside weights in 16 bits, where torch wants them alike
             return False, f"kept in fp32: in 16 bits the model raises {str(error).partition(chr(10))[0]}"
         before, after = (statistics.median(times[tried]) for tried in (wide, plan))
-        timed = f"on half a batch forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
+        timed = f"forward and backward take {after:.3g} ms under the plan and {before:.3g} ms in fp32"
         if before / after >= NOISE:
             return True, timed
     return False, f"kept in fp32: {timed}; the casts between the layers cost more than the layers gain"
@@ -164,7 +180,7 @@ def try_memory_formats(
         stated = state_memory_formats(plan, model, formats, convolutions)
         try:
             times = race(model, args, kwargs, (best, stated), Stopwatch(device))
-        except RuntimeError:
+        except Exception:  # the model's own code may raise anything
             continue
         before, after = min(times[best]), min(times[stated])
         if before / after >= ORDER_GAIN:

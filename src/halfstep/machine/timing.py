@@ -2,13 +2,21 @@
 
 A matmul stands for the three products of a linear layer, y[m,n] = x[m,k] w[n,k]^T: `output`, `grad_input` = g w and
 `grad_weight` = g^T x; a convolution likewise.
+
+The shape of a convolution has 8 numbers where its kernel is square, padded by half of it, and strides are alike; else 14:
+
+    batch, inputs, outputs, height, width, kernel, stride, groups
+    batch, inputs, outputs, height, width, kernel (2), stride (2), padding (2), dilation (2), groups
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from halfstep.numerics.patches import Product, Window, compute_by_patches, may_pay
 from halfstep.records import Measurement
@@ -64,23 +72,69 @@ def _matmul_calls(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Ca
     return {"output": [lambda: x @ w.t()], "grad_input": [lambda: g @ w], "grad_weight": [lambda: g.t() @ x]}
 
 
+class Convolution(NamedTuple):
+    """What the numbers of a shape say."""
+
+    images: tuple[int, int, int, int]
+    outputs: int
+    kernel: tuple[int, int]
+    window: Window
+    groups: int
+
+    @property
+    def weight(self) -> tuple[int, int, int, int]:
+        return self.outputs, self.images[1] // self.groups, *self.kernel
+
+
+def read_convolution(shape: tuple[int, ...]) -> Convolution:
+    """A convolution by its shape, as the head of this module has it.
+
+    Examples:
+        >>> read_convolution((1, 4, 8, 6, 6, 3, 2, 1)).window
+        Window(stride=(2, 2), padding=(1, 1), dilation=(1, 1), output_padding=None)
+    """
+    batch, inputs, outputs, height, width, *numbers, groups = shape
+    if len(numbers) == 2:
+        kernel, stride = numbers
+        numbers = [kernel, kernel, stride, stride, kernel // 2, kernel // 2, 1, 1]
+    edges, steps, padding, dilation = zip(numbers[::2], numbers[1::2], strict=True)
+    return Convolution((batch, inputs, height, width), outputs, edges, Window(steps, padding, dilation), groups)
+
+
+def describe_convolution(module: nn.Conv2d, images: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a layer's convolution of images [batch, channels, height, width] or [channels, height, width].
+
+    Examples:
+        >>> describe_convolution(nn.Conv2d(1, 8, (1, 64)), (16, 1, 22, 256))
+        (16, 1, 8, 22, 256, 1, 64, 1, 1, 0, 0, 1, 1, 1)
+    """
+    batch = images[0] if len(images) == 4 else 1
+    begin = (batch, module.in_channels, module.out_channels, *images[-2:])
+    (down, across), stride, dilation = module.kernel_size, module.stride, module.dilation
+    reach = tuple(step * (edge - 1) // 2 for step, edge in zip(dilation, module.kernel_size, strict=True))
+    padding = {"same": reach, "valid": (0, 0)}[module.padding] if isinstance(module.padding, str) else module.padding
+    is_plain = down == across and stride[0] == stride[1] and dilation == (1, 1) and padding == (down // 2, down // 2)
+    numbers = (down, stride[0]) if is_plain else (down, across, *stride, *padding, *dilation)
+    return (*begin, *numbers, module.groups)
+
+
 def _conv_calls(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, order: torch.memory_format = torch.contiguous_format
 ) -> Calls:
-    batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    x = torch.randn(batch, inputs, height, width, device=device).to(dtype, memory_format=order)
-    w = torch.randn(outputs, inputs // groups, kernel, kernel, device=device).to(dtype, memory_format=order)
-    pad = [kernel // 2] * 2
-    window = Window((stride, stride), (kernel // 2, kernel // 2), (1, 1))
+    convolution = read_convolution(shape)
+    window, groups = convolution.window, convolution.groups
+    x = torch.randn(convolution.images, device=device).to(dtype, memory_format=order)
+    w = torch.randn(convolution.weight, device=device).to(dtype, memory_format=order)
+    stride, padding, dilation, _ = window
 
     def forward() -> torch.Tensor:
-        return torch.nn.functional.conv2d(x, w, None, stride, pad, 1, groups)
+        return torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, groups)
 
     g = torch.randn_like(forward())
 
     def backward(wanted: list[bool]) -> Callable[[], object]:
         return lambda: torch.ops.aten.convolution_backward(
-            g, x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], groups, wanted
+            g, x, w, None, stride, padding, dilation, False, [0, 0], groups, wanted
         )
 
     ways: Calls = {
@@ -106,8 +160,12 @@ def count_operations(operation: str, shape: tuple[int, ...]) -> float:
     if operation == "matmul":
         m, k, n = shape
         return 2.0 * m * k * n
-    batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    return 2.0 * batch * inputs // groups * outputs * (height // stride) * (width // stride) * kernel**2
+    (batch, inputs, *sizes), outputs, kernel, window, groups = read_convolution(shape)
+    places = [
+        (size + 2 * padding - dilation * (edge - 1) - 1) // stride + 1
+        for size, edge, stride, padding, dilation in zip(sizes, kernel, *window[:3], strict=True)
+    ]
+    return 2.0 * batch * inputs // groups * outputs * math.prod(places) * math.prod(kernel)
 
 
 def time_products(operation: str, shape: tuple[int, ...], format: str, watch: Stopwatch) -> list[Measurement]:

@@ -51,10 +51,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
 from halfstep.errors import PlanError, UnsupportedError, describe_unknown
 from halfstep.machine.runtime import Arena, HeapTrimmer
+from halfstep.nests import list_tensors
 from halfstep.numerics.kernels import Allocate
 from halfstep.numerics.noise import derive_keys
 from halfstep.numerics.packing import Groups, is_marked, pack_bits, pack_groups, unpack_bits, unpack_groups
@@ -226,7 +226,7 @@ class _Pass:
         if threading.get_ident() != self.thread:
             return
         if not self.running:
-            inputs = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.grad_fn is None]
+            inputs = [t for t in list_tensors(arguments) if t.grad_fn is None]
             self._inputs += [StorageWeakRef(t.untyped_storage()) for t in inputs if t.layout is torch.strided]
             self.resident |= {reference.cdata for reference in self._inputs}
         self.running.append(path)

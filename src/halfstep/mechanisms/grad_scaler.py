@@ -160,7 +160,7 @@ class GradScaler(torch.amp.GradScaler):
         Warns once when gradients were changed in place between backward and here. Raises ModelError, a ValueError, for fp16
         gradients.
         """
-        if self._enabled:
+        if self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             self._look_for_early_change(optimizer)
         super().unscale_(optimizer)
 
@@ -209,6 +209,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             value: float | None = optimizer.step(*args, **kwargs)
             self._memory.note(optimizer, 1.0)
+            self._memory.open.clear()  # nobody waits for an update
             return value
         if callable(kwargs.get("closure")) or (args and callable(args[0])):
             return self._step_with_closure(optimizer, args, kwargs)

@@ -9,17 +9,19 @@ The autocast around it also converts the weights that the products read; a weigh
 format is not touched. Where torch's autocast will not do, a unit is given another block that stands in for it.
 """
 
+import threading
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
+from torch.nn.utils import parametrize
 
 from halfstep.errors import PrecisionWarning
+from halfstep.nests import map_tensors
 
 Block = Callable[[], AbstractContextManager[Any]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +48,7 @@ def find_kind(module: nn.Module) -> str:
 
 def cast_floats(values: Any, dtype: torch.dtype) -> Any:
     """Every floating-point tensor in a nest of containers in `dtype`; all else as it is."""
-    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 def autocast(device_type: str, compute: str, *, cache: bool = True) -> AbstractContextManager[Any]:
@@ -88,7 +90,8 @@ class ProductUnit(Unit):
     """A unit inside which torch's product functions are replaced, by the block that it is given.
 
     It converts no inputs: a product rounds its operands itself, from the numbers as they are. Its result is in the format
-    of the autocast around it; where that was forgotten, in fp32 like everything else there.
+    of the autocast around it; where that was forgotten, in fp32 like everything else there. The products of a
+    parametrization, which make a weight, are none of the module's: they are made before.
     """
 
     _halfstep_inside: Block
@@ -103,9 +106,20 @@ class ProductUnit(Unit):
                 PrecisionWarning,
                 stacklevel=2,
             )
-        with self._halfstep_inside():
+        with self._make_weights(), self._halfstep_inside():
             result = original.forward(self, *args, **kwargs)
         return cast_floats(result, DTYPES[output or (around if is_around else "fp32")])
+
+    def _make_weights(self) -> AbstractContextManager[Any]:
+        """Have those of a parametrization at hand inside the block."""
+        module = cast(nn.Module, self)
+        if not parametrize.is_parametrized(module):
+            return nullcontext()
+        stack = ExitStack()
+        stack.enter_context(parametrize.cached())
+        for name in cast(nn.ModuleDict, module.parametrizations):
+            getattr(module, name)
+        return stack
 
 
 class ScaledUnit(Unit):
@@ -126,13 +140,9 @@ class ScaledUnit(Unit):
         (x, *rest), kwargs = (args or (kwargs["input"],)), {k: v for k, v in kwargs.items() if k != "input"}
         if not x.numel():
             return super().forward(x, *rest, **kwargs)
-        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
-        stored, cell = dict(parameters), _Cell()
-        parameters.update({name: _Lower.apply(p, cell) for name, p in stored.items() if p is not None})
-        try:
+        cell = _Cell()
+        with _shown(self, lambda p: _Lower.apply(p, cell)) as stored:
             y = super().forward(_Lower.apply(x.to(torch.float32), cell), *rest, **kwargs)
-        finally:
-            parameters.update(stored)
         weight, channels = stored["weight"], -1 - len(getattr(self, "kernel_size", ()))  # the place of the channels
         terms = weight.numel() / x.shape[channels], y.numel() / y.shape[channels]
         cell.bounds = [weight.detach().abs().amax() * terms[0], x.detach().abs().amax().clamp_min(1.0) * terms[1]]
@@ -182,13 +192,26 @@ class NormUnit(Unit):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, device_type, _, output = self._halfstep
-        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
+        with _shown(self, lambda p: p.to(torch.float32)), autocast(device_type, "fp32"):
+            args, kwargs = cast_floats((args, kwargs), torch.float32)
+            return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
+
+
+_showing = threading.RLock()
+
+
+@contextmanager
+def _shown(unit: Unit, function: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Any]]:
+    """A block in which a module has what a function makes of its parameters; yields them as they are.
+
+    One thread at a time: another one would take what is shown for the parameters, and leave it there.
+    """
+    parameters: dict[str, Any] = unit._parameters  # type: ignore[attr-defined]
+    with nullcontext() if torch.compiler.is_compiling() else _showing:
         stored = dict(parameters)
-        parameters.update(cast_floats(stored, torch.float32))
+        parameters.update({name: function(p) for name, p in stored.items() if p is not None})
         try:
-            with autocast(device_type, "fp32"):
-                args, kwargs = cast_floats((args, kwargs), torch.float32)
-                return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
+            yield stored
         finally:
             parameters.update(stored)
 
@@ -198,10 +221,16 @@ def make_unit(
 ) -> None:
     """Turn a module into a unit, in place. inside: opens the block that its forward runs in, in place of torch's autocast."""
     original = type(module)
+    unit = type(original.__name__, (base, original), {"__module__": original.__module__})
     module.__dict__["_halfstep"] = (original, device_type, compute, output)
     if inside is not None:
         module.__dict__["_halfstep_inside"] = inside
-    module.__class__ = type(original.__name__, (base, original), {"__module__": original.__module__})
+    module.__class__ = unit
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `make_unit` has made it one."""
+    return "_halfstep" in module.__dict__
 
 
 def undo_unit(module: nn.Module) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from halfstep.nests import map_tensors
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -94,4 +95,4 @@ def _lay_out_input(
 
 
 def _make_contiguous(_module: nn.Module, _args: Any, result: Any) -> Any:
-    return tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) and v.ndim == 4 else v, result)
+    return map_tensors(lambda t: t.contiguous() if t.ndim == 4 else t, result)

@@ -159,7 +159,7 @@ def find_route(
     """Which way was faster when this shape was first seen.
 
     torch's, untimed, where patches cannot pay; where deterministic algorithms are asked for; where products in fp32 may be
-    rounded (`torch.set_float32_matmul_precision`); where images come in ever new sizes; and where a compiler keeps a size or a
+    rounded, by a setting of torch's; where images come in ever new sizes; and where a compiler keeps a size or a
     number of the window open.
 
     Examples:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfstep.mechanisms.layers import undo_unit
+from halfstep.mechanisms.layers import is_unit, undo_unit
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
          "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
@@ -60,7 +60,7 @@ def guard_copies(model: nn.Module, read_wide: Callable[[], Mapping[nn.Parameter,
 def _strip(twin: nn.Module) -> None:
     """Take away what halfstep has put into a model that was copied."""
     for module in twin.modules():
-        if "_halfstep" in module.__dict__:
+        if is_unit(module):
             undo_unit(module)
         for name in HOOKS:
             hooks: OrderedDict[int, Any] = getattr(module, name)

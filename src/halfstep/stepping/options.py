@@ -136,8 +136,11 @@ def _require_plain(model: nn.Module) -> None:
             "the model's parameters are sharded over ranks, which no plan here knows; give prepare a whole model, and wrap "
             "stepper.model in DistributedDataParallel"
         )
-    if any(isinstance(hook, Noting) and hook.window for hook in model._forward_pre_hooks.values()):
-        raise ModelError("the model is prepared already; go on with its stepper, or call restore() on that first")
+    hooks = ((path, hook) for path, m in model.named_modules() for hook in m._forward_pre_hooks.values())
+    prepared = [path for path, hook in hooks if isinstance(hook, Noting) and hook.window]
+    if prepared:
+        what = f"'{prepared[0]}', a part of the model," if prepared[0] else "the model"
+        raise ModelError(f"{what} is prepared already; go on with its stepper, or call restore() on that first")
 
 
 def require_possible(options: Options, model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
