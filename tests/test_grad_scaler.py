@@ -1104,6 +1104,7 @@ def test_unscaling_twice_is_torchs_error_and_no_warning_of_clipping() -> None:
     for _ in range(3):
         scaler.scale(model(torch.ones(1, 2)).sum()).backward()
         scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         with pytest.raises(RuntimeError, match=r"unscale_\(\) has already been called"):
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
