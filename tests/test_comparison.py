@@ -3,24 +3,37 @@
 import io
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import stats
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from halfstep import records
-from halfstep.arms import CONTROL, CONTROL_LR, PlainLoop, build_arm, is_arm, require_arms, work
-from halfstep.comparison import REPAIRED, compare, compare_repaired, has_trained, judge_equivalence
+from halfstep.arms import CONTROL, CONTROL_LR, TURN_OVER, PlainLoop, build_arm, is_arm, require_arms, work
+from halfstep.comparison import (
+    REPAIRED,
+    _mean_harms,
+    compare,
+    compare_repaired,
+    has_trained,
+    judge_equivalence,
+    run_seed,
+    summarise,
+)
 from halfstep.errors import PlanError, RecipeError, TrainingError
 from halfstep.plan import Plan
 from halfstep.records import (
@@ -34,6 +47,8 @@ from halfstep.records import (
     StepRecord,
 )
 from halfstep.rehearsals import find_rehearsal
+from halfstep.report.page import render_page
+from halfstep.report.terminal import show_comparison
 from halfstep.stepper import Stepper
 from halfstep.tasks.recipe import Recipe, load_recipe
 from halfstep.training import Metric, TrainSettings, build_optimizer, build_schedule
@@ -194,6 +209,93 @@ class TestHasTrained:
     )
     def test_asks_for_a_drop_beyond_one_percent_and_the_noise(self, losses: list[float], trained: bool) -> None:
         assert has_trained([make_step(i, loss) for i, loss in enumerate(losses, start=1)]) is trained
+
+    @pytest.mark.parametrize("place", [0, 15, 29])
+    @pytest.mark.parametrize("loss", [math.inf, math.nan, 1e9])
+    def test_a_step_that_was_skipped_does_not_count(self, place: int, loss: float) -> None:
+        steps = [make_step(i, 2.0 * 0.9**i) for i in range(30)]
+        skipped = replace(steps[place].outcome, status="skipped", cause="the loss is inf")
+        steps[place] = replace(steps[place], loss=loss, outcome=skipped)
+        assert has_trained(steps)
+        assert not has_trained([replace(step, outcome=skipped) for step in steps])
+
+
+FAKE_WORKER = """
+import sys
+arm, step = sys.argv[sys.argv.index("--arm") + 1], 0
+print(TURN_OVER, flush=True)
+for line in sys.stdin:
+    if line.split()[0] == "end":
+        break
+    while step < int(line.split()[1]):
+        step += 1
+        if arm == DIES and step > 5:
+            sys.exit("error: training stopped at applied step 5")
+        print(RECORDS[step])
+    print(TURN_OVER, flush=True)
+print(RECORDS[0])
+"""  # imports nothing, so that it starts at once
+
+
+def write_fake_worker(dies: str) -> str:
+    """Ten steps, evaluated after five and ten; that of one arm dies after five."""
+    steps: dict[int, list[Record]] = {step: [make_step(step, 2.0 * 0.9**step)] for step in range(1, 11)}
+    for step in (5, 10):
+        steps[step].append(EvaluationRecord(step=step, metric="accuracy", value=step, train_seconds=1.0))
+    steps[0] = [EndRecord(step=10, reason="finished", peak_memory_bytes=7, skipped_steps=0)]
+    lines = {step: "\n".join(map(records.encode, found)) for step, found in steps.items()}
+    return f"DIES, TURN_OVER, RECORDS = {dies!r}, {TURN_OVER!r}, {lines!r}\n{FAKE_WORKER}"
+
+
+class TestAnArmThatDies:
+    METRIC = Metric(name="accuracy", unit="%", higher_is_better=True, margin=0.5)
+    ARMS = ("fp32", "halfstep", "halfstep:16-true", CONTROL)
+
+    def run(self, dies: str) -> dict[str, ArmResult]:
+        command = [sys.executable, "-c", write_fake_worker(dies)]
+        settings = TrainSettings(steps=10, evaluations=2)
+        by_arm: dict[str, list[Any]] = {arm: [] for arm in self.ARMS}
+        for seed in range(2):
+            for worker in run_seed(command, self.ARMS, seed, settings, lambda *_: None):
+                by_arm[worker.arm].append(worker)
+        return {arm: summarise(arm, by_arm, self.METRIC, 5.0) for arm in self.ARMS if arm != CONTROL}
+
+    def test_is_told_and_the_others_keep_what_they_have(self) -> None:
+        found = self.run("halfstep:16-true")
+        dead, ours = found["halfstep:16-true"], found["halfstep"]
+        assert (dead.verdict, ours.verdict, found["fp32"].verdict) == ("failed", "equivalent", "reference")
+        assert dead.failure.count("stopped: training stopped at applied step 5") == 2 and math.isnan(dead.metric_mean)
+        assert len(dead.loss) == 5 and dead.speedup == {} and dead.evaluations == ()
+        assert set(ours.speedup) == {"fp32"} and not ours.failure
+
+    def test_may_be_the_control_but_not_the_reference(self) -> None:
+        assert self.run(CONTROL)["halfstep"].verdict == "equivalent"
+        with pytest.raises(TrainingError, match="arm 'fp32', seed 0, stopped: training stopped"):
+            self.run("fp32")
+
+    def test_is_shown_and_stored(self) -> None:
+        arms = tuple(self.run("halfstep").values())
+        comparison = ComparisonRecord(
+            recipe_name="r", recipe="", metric="accuracy", unit="%", higher_is_better=True, margin=0.5, target=5.0, seeds=2,
+            steps=10, machine="m", torch_version="2", threads=1, date="today", seconds=1.0, command="c", arms=arms,
+            control="worse", gate_works=True,
+        )  # fmt: skip
+        with (console := Console(width=200, markup=False)).capture() as shown:
+            console.print(show_comparison(comparison))
+        assert "halfstep failed: arm 'halfstep', seed 0, stopped: training stopped" in shown.get()
+        assert "halfstep did not train to the end." in shown.get() and "nan" not in shown.get()
+        page = render_page(comparison)
+        assert "halfstep failed: arm" in page and "nan" not in page.split("<table")[1].split("</table")[0]
+        stored = records.decode(records.encode(comparison))
+        assert isinstance(stored, ComparisonRecord) and stored.arms[1].failure == arms[1].failure
+
+
+def test_harm_of_layers_is_averaged_over_the_seeds_that_measured_them() -> None:
+    """A policy may have put a layer into fp32 in one of them."""
+    harms = [[HarmRecord(path=p, compute="fp16", error=e, noise=1.0) for p, e in pairs]
+             for pairs in ([("a", 0.1), ("b", 0.2)], [("b", 0.4)])]  # fmt: skip
+    workers: list[Any] = [SimpleNamespace(harms=h) for h in harms]
+    assert {h.path: h.error for h in _mean_harms(workers)} == pytest.approx({"a": 0.1, "b": 0.3})
 
 
 def train_by_hand(task: ConvTask, settings: TrainSettings, dtype: torch.dtype | None) -> tuple[nn.Module, list[float]]:

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from halfstep import records
 from halfstep.control.controller import Policy
 from halfstep.control.sensitivity import measure_harm
-from halfstep.errors import RecipeError, describe_unknown
+from halfstep.errors import RecipeError, TrainingError, describe_unknown
 from halfstep.machine.runtime import read_peak_memory, tune_process, use_channels_last
 from halfstep.records import EndRecord, EvaluationRecord, HarmRecord, PlanRecord, StepOutcome
 from halfstep.stepper import Stepper, prepare, read_plan
@@ -162,16 +162,20 @@ def work(
         plan: PlanRecord | None = None
         allowed = _wait_for_turn(source, sink)
         last = 0
-        for record in running:
-            if stepper.plan_record is not plan:
-                plan = stepper.plan_record
-                records.append(sink, [plan] if plan else [])
-            records.append(sink, [record])
-            last = record.step
-            if last >= allowed and (isinstance(record, EvaluationRecord) or last not in evaluation_steps(settings)):
-                allowed = _wait_for_turn(source, sink)
-                if not allowed:
-                    break
+        try:
+            for record in running:
+                if stepper.plan_record is not plan:
+                    plan = stepper.plan_record
+                    records.append(sink, [plan] if plan else [])
+                records.append(sink, [record])
+                last = record.step
+                if last >= allowed and (isinstance(record, EvaluationRecord) or last not in evaluation_steps(settings)):
+                    allowed = _wait_for_turn(source, sink)
+                    if not allowed:
+                        break
+        except TrainingError:  # a rehearsal wants to know of which layers
+            records.append(sink, _measure_harm(task, stepper, settings))
+            raise
         device = str(next(stepper.model.parameters()).device)
         end = EndRecord(
             step=last, reason="finished", peak_memory_bytes=read_peak_memory(device), skipped_steps=stepper.skipped

@@ -28,7 +28,7 @@ app = typer.Typer(
     help="Train neural networks in mixed precision: measured, safe, and proved against fp32.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-console = Console(soft_wrap=False)
+console = Console(soft_wrap=False, markup=False)  # a path may hold brackets
 
 RecipeName = Annotated[
     str,
@@ -102,11 +102,24 @@ def _read_head(folder: Path) -> "records.RunRecord | None":
     return head if isinstance(head, records.RunRecord) else None
 
 
-def _take_over(folder: Path, recipe: "Recipe", given: list[str]) -> "Recipe":
+def _read_file(recipe: str) -> str:
+    """A recipe of the user's own as its file has it; "" for one that comes with halfstep."""
+    return str(_load(recipe, None)) if recipe.endswith(".toml") else ""
+
+
+def _list_changes(before: str, now: str) -> str:
+    """The lines of a recipe that differ; "" where none does."""
+    pairs = zip(before.splitlines(), now.splitlines(), strict=True)
+    return "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
+
+
+def _take_over(folder: Path, recipe: "Recipe", given: list[str], file: str) -> "Recipe":
     """The recipe of the run that is resumed, with the options that are given now.
 
-    Raises CheckpointError, naming what differs, for another task and for options that would make it another run: all but
-    precision and recovery.
+    file: what the recipe's file has now, where it is the user's own.
+
+    Raises CheckpointError, naming what differs, for another task, for a file that has changed, and for options that would make
+    it another run: all but precision and recovery.
     """
     import tomllib
     from dataclasses import replace
@@ -118,11 +131,14 @@ def _take_over(folder: Path, recipe: "Recipe", given: list[str]) -> "Recipe":
         return recipe
     if head.task != recipe.task:
         raise CheckpointError(f"{folder} is a run of task {head.task}; recipe '{recipe.name}' is {recipe.task}")
+    if head.recipe_file and file and (changed := _list_changes(head.recipe_file, file)):
+        raise CheckpointError(
+            f"{recipe.name}.toml has changed since {folder} was started: {changed}; put it back, or begin another run; precision "
+            "and recovery can be changed by --precision and --recovery"
+        )
     before, now = (parse_recipe(tomllib.loads(head.recipe), recipe.name, words) for words in ((), given))
     same = replace(now, precision=before.precision, recovery=before.recovery)
-    pairs = zip(str(before).splitlines(), str(same).splitlines(), strict=True)
-    changed = "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
-    if changed:
+    if changed := _list_changes(str(before), str(same)):
         raise CheckpointError(
             f"{folder} was started with other options: {changed}; give the same ones; only --precision and --recovery may change"
         )
@@ -259,12 +275,12 @@ def train(
     ]
     loaded = _load(recipe, given)
     if resume is not None:
-        loaded = _take_over(resume, loaded, given)
+        loaded = _take_over(resume, loaded, given, _read_file(recipe))
     folder = resume or out or Path("runs") / f"{loaded.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with tune_process() as process:
         run = _build_run(loaded, folder, device, keeps_policy=resume is not None and not _names("recovery", given))
         if resume is None:
-            run.begin(_describe_run(loaded, process, device))
+            run.begin(_describe_run(loaded, process, device, _read_file(recipe)))
         elif not _go_on(run, loaded.precision if _names("precision", given) else None):
             return
         end = _drive(run, save_every, tensorboard)
@@ -295,7 +311,7 @@ def _build_run(recipe: "Recipe", folder: Path, device: str, *, keeps_policy: boo
     return Run(task, stepper, settings, folder, name=f"{recipe.name}, {recipe.task}")
 
 
-def _describe_run(recipe: "Recipe", process: dict[str, str], device: str) -> records.RunRecord:
+def _describe_run(recipe: "Recipe", process: dict[str, str], device: str, file: str) -> records.RunRecord:
     """The head of a new run."""
     import torch
 
@@ -303,7 +319,7 @@ def _describe_run(recipe: "Recipe", process: dict[str, str], device: str) -> rec
 
     return records.RunRecord(
         task=recipe.task, arm="halfstep", precision=recipe.precision, seed=recipe.train.seed, steps=recipe.train.steps,
-        recipe=str(recipe), machine=name_machine(device), torch_version=torch.__version__,
+        recipe=str(recipe), recipe_file=file, machine=name_machine(device), torch_version=torch.__version__,
         threads=torch.get_num_threads(), settings=process,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
@@ -417,7 +433,7 @@ def compare(
 
     def compare_arms(recipe: "Recipe", names: list[str]) -> comparison.ComparisonRecord:
         total = seeds * (len(names) * loaded.train.steps + min(evaluation_steps(loaded.train)))
-        with follow_comparison(total, Console(stderr=True)) as notify:
+        with follow_comparison(total, Console(stderr=True, markup=False)) as notify:
             return comparison.compare(
                 str(recipe),
                 recipe.name,
@@ -429,8 +445,9 @@ def compare(
                 notify=notify,
             )
 
-    result = compare_arms(loaded, names)
+    result = replace(compare_arms(loaded, names), command=shlex.join(["halfstep", *sys.argv[1:]]))
     if rehearsal:
+        _write_json(result, None if str(json) == "-" else json)  # what comes now may be stopped, and this was the work
         result, mended = comparison.compare_repaired(
             result,
             rehearsal.plan,
@@ -442,7 +459,6 @@ def compare(
                 f"{len(mended.rules) - len(rehearsal.plan.rules)} layers kept wider; the plan: {repaired}",
                 soft_wrap=True,
             )
-    result = replace(result, command=shlex.join(["halfstep", *sys.argv[1:]]))
     if str(json) != "-":
         console.print(show_comparison(result))
         if rehearsal:
@@ -452,7 +468,7 @@ def compare(
         write_page(result, page)
         if str(json) != "-":
             console.print(f"curves: {page}", soft_wrap=True)
-    if not result.gate_works:
+    if not result.gate_works or any(arm.failure for arm in result.arms):
         raise typer.Exit(1)
 
 

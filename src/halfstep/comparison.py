@@ -11,6 +11,7 @@ lies beyond it, inconclusive otherwise. An arm whose loss has not moved is "not 
 
 import contextlib
 import datetime
+import itertools
 import math
 import statistics
 import subprocess
@@ -68,6 +69,7 @@ class _Worker:
     plan: PlanRecord | None = None
     end: EndRecord | None = None
     harms: list[HarmRecord] = field(default_factory=list)
+    failed: str = ""  # what it died of, while it trained
 
     def send(self, step: int) -> None:
         if self.process.stdin is not None:
@@ -132,16 +134,26 @@ def run_seed(
             shift = turn % len(workers)
             for worker in workers[shift:] + workers[:shift]:
                 limit = min(goal, control_ends) if worker.arm == CONTROL else goal
-                if worker.steps and worker.steps[-1].step >= limit:
-                    continue
-                worker.send(limit)
-                for record in worker.listen(turn):
-                    notify(worker.arm, record)
+                if not worker.steps or worker.steps[-1].step < limit:
+                    _let_train(worker, limit, turn, notify)
         for worker in workers:
-            worker.send(0)
-            for record in worker.listen(TURNS):
-                notify(worker.arm, record)
+            _let_train(worker, 0, TURNS, notify)
         return workers
+
+
+def _let_train(worker: _Worker, limit: int, turn: int, notify: Callable[[str, Record], None]) -> None:
+    """Give a worker its turn. One that dies of its training has failed and gets no other; without the reference nothing can
+    be compared, so its death ends the comparison."""
+    if worker.failed:
+        return
+    worker.send(limit)
+    try:
+        for record in worker.listen(turn):
+            notify(worker.arm, record)
+    except TrainingError as error:
+        if worker.arm == REFERENCE:
+            raise
+        worker.failed = str(error)
 
 
 @dataclass(frozen=True)
@@ -178,10 +190,16 @@ def judge_equivalence(differences: Sequence[float], margin: float, *, higher_is_
 
 
 def has_trained(steps: Sequence[StepRecord]) -> bool:
-    """Whether the loss has moved: its mean over the last tenth is below the first by over 1 % and 3 standard deviations."""
-    tail = [s.loss for s in steps[-max(2, len(steps) // 10) :]]
-    drop = steps[0].loss - statistics.fmean(tail)
-    return drop > 0.01 * abs(steps[0].loss) and drop > 3 * statistics.pstdev(tail)
+    """Whether the loss has moved: its mean over the last tenth is below the first by over 1 % and 3 standard deviations.
+
+    Steps that were skipped do not count: their loss may be of any size, and has moved nothing.
+    """
+    losses = [s.loss for s in steps if not s.outcome.skipped]
+    if len(losses) < 2:
+        return False
+    tail = losses[-max(2, len(losses) // 10) :]
+    drop = losses[0] - statistics.fmean(tail)
+    return drop > 0.01 * abs(losses[0]) and drop > 3 * statistics.pstdev(tail)
 
 
 def _turn_medians(workers: Sequence[_Worker]) -> dict[tuple[int, int], float]:
@@ -222,10 +240,13 @@ def _mean_evaluations(workers: Sequence[_Worker]) -> tuple[Point, ...]:
 
 
 def _mean_harms(workers: Sequence[_Worker]) -> tuple[HarmRecord, ...]:
-    """Harm of each layer, mean over seeds."""
+    """Harm of each layer, mean over the seeds that measured it: a policy may have widened it in others."""
+    by_layer: dict[tuple[str, str], list[HarmRecord]] = {}
+    for harm in itertools.chain.from_iterable(w.harms for w in workers):
+        by_layer.setdefault((harm.path, harm.compute), []).append(harm)
     return tuple(
         replace(h[0], error=statistics.fmean(x.error for x in h), noise=statistics.fmean(x.noise for x in h))
-        for h in zip(*(w.harms for w in workers), strict=True)
+        for h in by_layer.values()
     )
 
 
@@ -243,11 +264,13 @@ def _rejects(control: Verdict, by_arm: dict[str, list[_Worker]], metric: Metric)
             has_trained(r.steps[: len(c.steps)]) for r, c in zip(by_arm[REFERENCE], by_arm[CONTROL], strict=True)
         )
     single = control.word == "not tested" and abs(control.difference) > metric.margin
-    return control.word == "worse" or single
+    return control.word in ("worse", "failed") or single
 
 
 def _judge(mine: Sequence[_Worker], reference: Sequence[_Worker], metric: Metric) -> Verdict:
     """The gate: paired differences at the last evaluation that both have."""
+    if any(w.failed for w in mine):
+        return Verdict("failed", math.nan, (math.nan, math.nan))
     last = min(len(mine[0].evaluations), len(reference[0].evaluations)) - 1
     differences = [m.evaluations[last].value - r.evaluations[last].value for m, r in zip(mine, reference, strict=True)]
     verdict = judge_equivalence(differences, metric.margin, higher_is_better=metric.higher_is_better)
@@ -261,30 +284,39 @@ def _judge(mine: Sequence[_Worker], reference: Sequence[_Worker], metric: Metric
 def summarise(name: str, by_arm: dict[str, list[_Worker]], metric: Metric, target: float) -> ArmResult:
     """One arm's row."""
     mine, reference = by_arm[name], by_arm[REFERENCE]
-    values = tuple(w.evaluations[-1].value for w in mine)
+    failed = "; ".join(w.failed for w in mine if w.failed)
+    values = tuple(math.nan if w.failed else w.evaluations[-1].value for w in mine)
     verdict = _judge(mine, reference, metric)
     if name == REFERENCE and verdict.word in ("equivalent", "not tested"):
         verdict = replace(verdict, word="reference")
     turns = _turn_medians(mine)
     speedup, memory = {}, {}
-    peak = max(w.end.peak_memory_bytes for w in mine if w.end)
+    peak = _find_peak(mine)
     for rival in (r for r in by_arm if r not in (name, CONTROL)):
         theirs = _turn_medians(by_arm[rival])
-        speedup[rival] = statistics.median(theirs[key] / ms for key, ms in turns.items() if key in theirs)
-        memory[rival] = peak / max(w.end.peak_memory_bytes for w in by_arm[rival] if w.end)
-    evaluations = _mean_evaluations(mine)
+        shared = [theirs[key] / ms for key, ms in turns.items() if key in theirs]
+        if shared and not failed and not any(w.failed for w in by_arm[rival]):
+            speedup[rival] = statistics.median(shared)
+            memory[rival] = peak / _find_peak(by_arm[rival])
+    evaluations = () if failed else _mean_evaluations(mine)
+    times = list(turns.values()) or [math.nan]
     reached = [p.seconds for p in evaluations if (p.value >= target if metric.higher_is_better else p.value <= target)]
     return ArmResult(
         name=name, verdict=verdict.word, metric_mean=statistics.fmean(values),
         metric_sd=_spread(values), metrics=values,
         difference=verdict.difference, interval=verdict.interval,
-        step_ms=statistics.median(turns.values()), step_ms_spread=(min(turns.values()), max(turns.values())),
-        peak_memory_bytes=peak, skipped_steps=sum(w.end.skipped_steps for w in mine if w.end),
+        step_ms=statistics.median(times), step_ms_spread=(min(times), max(times)),
+        peak_memory_bytes=peak, skipped_steps=sum(s.outcome.skipped for w in mine for s in w.steps),
         seconds_to_target=reached[0] if reached else None,
         setup_seconds=statistics.fmean(w.plan.seconds if w.plan else 0.0 for w in mine),
         speedup=speedup, memory_ratio=memory, loss=_mean_curve(mine), evaluations=evaluations, plan=mine[0].plan,
-        harms=_mean_harms(mine),
+        harms=_mean_harms(mine), failure=failed,
     )  # fmt: skip
+
+
+def _find_peak(workers: Sequence[_Worker]) -> int:
+    """Bytes; 0 where none has lived to say it."""
+    return max((w.end.peak_memory_bytes for w in workers if w.end), default=0)
 
 
 def compare_repaired(

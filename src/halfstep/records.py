@@ -365,6 +365,9 @@ class RunRecord(Record):
     threads: int
     date: str
     settings: dict[str, str] = field(default_factory=dict)  # process settings and their reasons
+    recipe_file: str = (
+        ""  # the recipe as its file had it, before options of the command; "" for one that comes with halfstep
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +418,7 @@ class ArmResult(Record):
     """What one way of training came to, over all seeds."""
 
     name: str
-    verdict: str  # reference | equivalent | worse | better | inconclusive | not trained | not tested
+    verdict: str  # reference | equivalent | worse | better | inconclusive | not trained | not tested | failed
     metric_mean: float
     metric_sd: float
     metrics: tuple[float, ...]  # one a seed
@@ -433,6 +436,7 @@ class ArmResult(Record):
     evaluations: tuple[Point, ...] = ()
     plan: PlanRecord | None = None
     harms: tuple[HarmRecord, ...] = ()  # of a rehearsal: what its layers do to the gradient, mean over seeds
+    failure: str = ""  # what ended it, where it did not train to the end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -358,6 +358,7 @@ class Stepper:
         """
 
         def take(choice: Choice) -> None:
+            self._window.forget_passes()  # of trials, which came through the model too
             window, before = self._window.state_dict(), self.scale
             self._adopt(choice.plan, choice.why, choice.seconds)
             if window is not None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Protocol
 
@@ -263,10 +263,11 @@ class Run:
         if self.checkpoint.exists() or saved_before or not self.record.exists():
             self._restore(load_checkpoint(self.checkpoint))
         kept = self._read_record()
-        if plan is not None and not self._is_in_force(plan):
+        given = None if plan is None else self._keep_policies(read_plan(plan))
+        if given is not None and not self._is_in_force(given):
             before = self.stepper.plan.name or "an unnamed plan"
             why = f"on resuming after step {self.done}, in place of {before}"
-            rounding = change_plan(self.stepper, plan, why)
+            rounding = change_plan(self.stepper, given, why)
         else:
             written = next((r for r in reversed(kept) if isinstance(r, PlanRecord)), None)
             if written is not None and written.plan == str(self.stepper.plan):
@@ -286,8 +287,16 @@ class Run:
         _set_random_states(state["random"])
         self.done, self.train_seconds = state["done"], state["train_seconds"]
 
-    def _is_in_force(self, plan: Plan | str | Path) -> bool:
-        return str(read_plan(plan)) in (self.stepper.state_dict()["plan"], self.stepper.chosen_for)
+    def _keep_policies(self, plan: Plan) -> Plan:
+        """A plan with what the run does about failures and states, where it says nothing of them itself."""
+        usual, now = Plan(), self.stepper.plan
+        recovery = now.recovery if plan.recovery == usual.recovery else plan.recovery
+        states = now.states if plan.states == usual.states else plan.states
+        return replace(plan, recovery=recovery, states=states)
+
+    def _is_in_force(self, plan: Plan) -> bool:
+        chosen_for = self.stepper.chosen_for and str(self._keep_policies(Plan.parse(self.stepper.chosen_for)))
+        return str(plan) in (self.stepper.state_dict()["plan"], chosen_for)
 
     def _read_record(self) -> list[Record]:
         """The records up to the checkpoint. What stands behind it is not looked at, so a torn line there does no harm."""

@@ -13,6 +13,7 @@ from halfstep.numerics.formats import find_format
 from halfstep.plan import Plan, Rule
 from halfstep.records import HarmRecord
 
+FP32: dict[str, str] = {"compute": "fp32", "storage": "fp32", "master": "none"}  # whatever later rules say of weights
 NOISE = 1.05  # a gain must exceed this: medians of a few repetitions repeat to about 3 %
 
 
@@ -86,14 +87,24 @@ def describe_shape(shape: Sequence[int]) -> str:
         '256 rows, 512 -> 10'
         >>> describe_shape((16, 64, 128, 32, 32, 3, 2, 1))
         '16 images of 64x32x32 -> 128, kernel 3, stride 2'
+        >>> describe_shape((16, 1, 8, 22, 256, 1, 64, 1, 1, 0, 0, 1, 1, 1))
+        '16 images of 1x22x256 -> 8, kernel 1x64, padding 0x0'
     """
     match shape:
         case rows, inputs, outputs:
             return f"{rows} rows, {inputs} -> {outputs}"
-    batch, inputs, outputs, height, width, kernel, stride, groups = shape
-    said = f"{batch} images of {inputs}x{height}x{width} -> {outputs}, kernel {kernel}"
-    said += f", stride {stride}" if stride > 1 else ""
-    return f"{said}, {groups} groups" if groups > 1 else said
+    batch, inputs, outputs, height, width, *window, groups = shape
+    said = [f"{batch} images of {inputs}x{height}x{width} -> {outputs}"]
+    if len(window) == 2:  # padded by half of a square kernel
+        said += [f"kernel {window[0]}", f"stride {window[1]}" if window[1] > 1 else ""]
+    else:
+        kernel, stride, padding, dilation = (
+            f"{down}x{across}" for down, across in zip(window[::2], window[1::2], strict=True)
+        )
+        said += [f"kernel {kernel}", f"stride {stride}" if stride != "1x1" else "", f"padding {padding}"]
+        said += [f"dilation {dilation}" if dilation != "1x1" else ""]
+    said += [f"{groups} groups" if groups > 1 else ""]
+    return ", ".join(filter(None, said))
 
 
 def _master(format: str, master: str) -> str:
@@ -106,7 +117,7 @@ def _rule(cost: LayerCost, narrow: str, master: str) -> Rule:
         timed = [f"{f} {cost.total(f):.3g} ms" for f in cost.products if f != "fp32"]
         others = ", ".join(timed) or "no 16-bit format is fast here"
         why = f"{shape}: fp32 {fp32:.3g} ms, {others} with casts: no gain"
-        return Rule(path=cost.path, compute="fp32", storage="fp32", master="none", why=why)
+        return Rule(path=cost.path, **FP32, why=why)
     ms = cost.total(narrow)
     why = f"{shape}: {narrow} {ms:.3g} ms with casts, fp32 {fp32:.3g} ms: {fp32 / ms:.1f}x"
     return Rule(path=cost.path, compute=narrow, storage=narrow, master=_master(narrow, master), why=why)
@@ -130,9 +141,9 @@ def repair_plan(plan: Plan, harms: Sequence[HarmRecord], *, share: float = 0.1) 
     rules = []
     while left and not sum(harm.error for harm in left) <= share * left[0].noise:
         worst = left.pop(0)
-        wide = "bf16" if find_format(worst.compute).storage_bits < 16 else "fp32"
+        wide = {"compute": "bf16"} if find_format(worst.compute).storage_bits < 16 else FP32
         why = f"in {worst.compute} it changes the gradient by {worst.error:.2g} of itself; batches do by {worst.noise:.2g}"
-        rules.append(Rule(path=worst.path, compute=wide, why=why))
+        rules.append(Rule(path=worst.path, **wide, why=why))
     return replace(plan, rules=(*rules, *plan.rules), name=f"{plan.name}-repaired") if rules else plan
 
 

@@ -29,10 +29,15 @@ def render_page(comparison: ComparisonRecord) -> str:
             f"Held-out {c.metric} over time",
             draw_lines(lines("evaluations", "seconds"), "seconds of training", c.metric),
         ),
-        ("Time per step", draw_bars([(a.name, a.step_ms, f"{a.step_ms:.1f} ms", colours[a.name]) for a in c.arms])),
+        (
+            "Time per step",
+            draw_bars([(a.name, a.step_ms, f"{a.step_ms:.1f} ms", colours[a.name]) for a in c.arms if a.step_ms > 0]),
+        ),
     ]
     memory = [
-        (a.name, a.peak_memory_bytes, f"{a.peak_memory_bytes / MEGABYTE:.0f} MB", colours[a.name]) for a in c.arms
+        (a.name, a.peak_memory_bytes, f"{a.peak_memory_bytes / MEGABYTE:.0f} MB", colours[a.name])
+        for a in c.arms
+        if a.peak_memory_bytes
     ]
     charts.append(("Peak memory of the process", draw_bars(memory)))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(

@@ -15,7 +15,7 @@ from halfstep.records import ArmResult, ComparisonRecord, HardwareProfile, Measu
 _COLOURS = {
     "native": "green", "emulated": "yellow", "slower": "red", "unsupported": "dim",
     "equivalent": "green", "reference": "default", "better": "green", "worse": "red", "inconclusive": "yellow",
-    "not trained": "red", "no reference": "red", "not tested": "yellow",
+    "not trained": "red", "no reference": "red", "not tested": "yellow", "failed": "red",
 }  # fmt: skip
 
 
@@ -120,12 +120,14 @@ def show_comparison(comparison: ComparisonRecord) -> RenderableType:
     works = "works" if c.gate_works else "FAILED: verdicts mean nothing"
     gate = f"control, trained so that it must be rejected: {c.control}; the gate {works}"
     plans = [Text(f"{a.name} chose: {a.plan.why}") for a in c.arms if a.plan and a.plan.why]
+    failures = [Text(f"{a.name} failed: {a.failure}", style="red") for a in c.arms if a.failure]
     return Group(
         table,
         against,
         *(show_harms(a) for a in c.arms if a.harms),
         *([gains] if c.speedup and not any(a.harms for a in c.arms) else []),
         *plans,
+        *failures,
         Text(target),
         Text(gate),
         Text(conclude(c), style="bold"),
@@ -151,7 +153,7 @@ def rank_harms(arm: ArmResult) -> list[tuple[str, str, str, str]]:
 def describe_arm(arm: ArmResult) -> dict[str, str]:
     """An arm's numbers in words."""
     low, high = arm.interval
-    return {
+    numbers = {
         "metric": f"{arm.metric_mean:.3f} ± {arm.metric_sd:.3f}",
         "difference": f"{arm.difference:+.4f}",
         "interval": f"{low:+.4f} .. {high:+.4f}" if arm.verdict != "not tested" else "-",
@@ -161,6 +163,9 @@ def describe_arm(arm: ArmResult) -> dict[str, str]:
         "skips": str(arm.skipped_steps),
         "target": f"{arm.seconds_to_target:.4g} s" if arm.seconds_to_target is not None else "never",
     }
+    return (
+        numbers | dict.fromkeys(("metric", "difference", "interval", "speed", "peak"), "-") if arm.failure else numbers
+    )
 
 
 def conclude(c: ComparisonRecord) -> str:
@@ -174,6 +179,8 @@ def conclude(c: ComparisonRecord) -> str:
         return "" if c.gate_works else distrust
     if ours.harms:
         return conclude_rehearsal(c, ours)
+    if ours.failure:
+        return "halfstep did not train to the end."
     gains = [f"{_times(ratio)} {rival}" for rival, ratio in ours.speedup.items()]
     memory = [f"{_size(ratio)} {rival}" for rival, ratio in ours.memory_ratio.items()]
     held = {"equivalent": "at equal accuracy", "better": "at better accuracy"}.get(
@@ -188,11 +195,12 @@ def conclude_rehearsal(c: ComparisonRecord, ours: ArmResult) -> str:
     if ours.verdict in ("equivalent", "better"):
         return f"The model survives these numerics: {c.metric} is {ours.verdict} to fp32's."
     repaired = next((a for a in c.arms if a.name == REPAIRED), None)
+    found = "training fails" if ours.failure else f"{c.metric} is {ours.verdict}"
     if repaired is not None:
-        return f"In these numerics {c.metric} is {ours.verdict}; with the worst layers kept wider it is {repaired.verdict}."
+        return f"In these numerics {found}; with the worst layers kept wider {c.metric} is {repaired.verdict}."
     cause = "their layers change the gradient by little beside what batches do"
     advice = "use more seeds or steps" if ours.verdict == "inconclusive" else "look at the losses over steps"
-    return f"In these numerics {c.metric} is {ours.verdict}, though {cause}; {advice}."
+    return f"In these numerics {found}, though {cause}; {advice}."
 
 
 def _times(ratio: float) -> str:

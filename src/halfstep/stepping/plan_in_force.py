@@ -124,7 +124,10 @@ class PlanInForce:
                 raise
 
         self.stop_waiting()
-        self._waiting, self.budget = self._model.register_forward_pre_hook(choose, with_kwargs=True), budget
+        self._waiting, self.budget = (
+            self._model.register_forward_pre_hook(choose, with_kwargs=True, prepend=True),
+            budget,
+        )
 
     def _choose(self, given: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
         profile = self._options.profile or get_profile(self.conversion.device_type)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from halfstep.errors import DataError, MissingExtraError
+from halfstep.errors import DataError, MissingExtraError, RecipeError
 from halfstep.tasks.image_networks import MODELS, PatchWhitening
 from halfstep.training import Count, Metric, Positive, Share, TrainSettings
 
@@ -199,7 +199,33 @@ class ImageClassification:
         for module in model.modules():
             if isinstance(module, PatchWhitening):
                 module.fit(self.images.train[:5000])
+        self._require_fitting(model)
         return model.to(self.device)
+
+    @torch.no_grad()
+    def _require_fitting(self, model: nn.Module) -> None:
+        """Raises DataError or RecipeError where the model does not take the images in the sizes that it will see."""
+        model.eval()
+        image, name = self.images.train[:1], self.options.model
+        try:
+            model(image)
+        except RuntimeError:
+            size = "x".join(map(str, image.shape[2:]))
+            raise DataError(
+                f"model {name} does not take images of {size} points; give square ones, or another model"
+            ) from None
+        if self.options.early_size:
+            try:
+                model(self._shrink(image))
+            except RuntimeError:
+                raise RecipeError(
+                    f"model {name} takes images of one size, so early_size cannot be {self.options.early_size}; leave it out, "
+                    "or take a model that averages over places, such as resnet9"
+                ) from None
+        model.train()
+
+    def _shrink(self, images: Tensor) -> Tensor:
+        return F.interpolate(images, size=(self.options.early_size,) * 2, mode="bilinear", antialias=True)
 
     def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and labels of a step: a slice of its epoch's shuffle, augmented by noise of seed and step alone."""
@@ -215,7 +241,7 @@ class ImageClassification:
             mirrored = first[chosen] ^ bool(epoch % 2)
             x = augment(x, mirrored, torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step))
         if self.options.early_size and step <= self.options.early_share * self.settings.steps:
-            x = F.interpolate(x, size=(self.options.early_size,) * 2, mode="bilinear", antialias=True)
+            x = self._shrink(x)
         return x.to(self.device), y.to(self.device)
 
     def measure_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

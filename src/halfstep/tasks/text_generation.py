@@ -22,6 +22,7 @@ from halfstep.training import Count, Metric, Positive, TrainSettings
 
 VOCABULARY = 256
 HELD_OUT = 10  # one file in ten
+FAR = 3.0  # times more or less than that: the text is cut by position, not by file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,7 @@ def read_corpus(data: str) -> tuple[Tensor, Tensor]:
         find_corpus() if not data else sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
     )
     parts: tuple[list[bytes], list[bytes]] = ([], [])
+    texts = []
     for path in files:
         try:
             text = path.read_bytes()
@@ -114,9 +116,11 @@ def read_corpus(data: str) -> tuple[Tensor, Tensor]:
         if b"\0" in text[:4096]:
             raise DataError(f"'{path}' is not text (it holds zero bytes); give plain text files")
         parts[_is_held_out(path.relative_to(root).as_posix())].append(text)
+        texts.append(text)
     train, held_out = (b"\n".join(part) for part in parts)
-    if not train or not held_out:  # too few files to split by name
-        whole = train + held_out
+    share = HELD_OUT * len(held_out) / max(1, len(train) + len(held_out))  # of what is to be held out
+    if not 1 / FAR <= share <= FAR:  # too few files to split by name, or one that is nearly all of the text
+        whole = b"\n".join(texts)
         cut = len(whole) - len(whole) // HELD_OUT
         train, held_out = whole[:cut], whole[cut:]
     if not train or not held_out:
