@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.errors import DataError
+from halfstep.errors import DataError, RecipeError
 from halfstep.tasks import image_classification
 from halfstep.tasks.image_classification import (
     FASHION_FOLDER,
@@ -228,6 +229,20 @@ def test_early_images_are_small_and_later_ones_are_as_they_were() -> None:
         else:
             assert found.shape == (3, 1, 6, 6)
             torch.testing.assert_close(found.mean((2, 3)), expected.mean((2, 3)), rtol=0, atol=0.15)
+
+
+def test_early_size_for_a_model_of_one_size_is_refused_before_training() -> None:
+    options = Options(early_size=6, early_share=0.5)
+    with pytest.raises(RecipeError, match="model cnn does not take images of early_size=6 points; leave it out"):
+        make_task(options=options).build_model()
+    assert make_task(options=replace(options, model="resnet18", width=8)).build_model().training
+
+
+def test_images_that_the_model_does_not_take_are_refused_before_training() -> None:
+    task = make_task()
+    task.images = replace(task.images, train=task.images.train[..., :6])
+    with pytest.raises(DataError, match="model cnn does not take images of 8x6 points; give square ones"):
+        task.build_model()
 
 
 def find_shifts(image: Tensor, result: Tensor, pad: int) -> list[tuple[int, int, bool]]:

@@ -2838,3 +2838,11 @@ def test_auto_waits_on_after_it_was_interrupted(failure: Any, where: str, monkey
         train(stepper, batches)
     assert "not chosen yet" in repr(stepper) and stepper.state_dict()["plan"] is None
     assert train(stepper, batches)[0].applied and stepper.plan_record is not None
+
+
+def test_a_bad_first_batch_of_auto_is_explained_by_the_batch_and_not_by_that_of_a_trial() -> None:
+    model, (x, y) = make_mlp(), make_regression_batches(1)[0]
+    x[-1] = math.nan  # trials see the first half
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile=make_profile("native"))
+    (outcome,) = train(stepper, [(x, y)])
+    assert outcome.cause.endswith(": so is the input") and stepper.plan_record is not None

@@ -82,6 +82,17 @@ class TestCorpus:
         (tmp_path / "one.txt").write_bytes(b"x" * 50)
         assert [len(part) for part in read_corpus(str(tmp_path))] == [45, 5]
 
+    @pytest.mark.parametrize("corpus", ["source.txt", "book.txt"])  # of which the first is held out by its name
+    def test_a_folder_in_which_one_file_is_nearly_all_of_the_text_is_split_inside_it(
+        self, tmp_path: Path, corpus: str
+    ) -> None:
+        (tmp_path / corpus).write_bytes(b"corpus " * 10_000)
+        (tmp_path / "README.md").write_bytes(b"about it " * 10)
+        (tmp_path / "titles.txt").write_bytes(b"its titles " * 10)
+        train, held_out = read_corpus(str(tmp_path))
+        assert len(held_out) == pytest.approx(len(train) / 9, rel=0.01)
+        assert all(b"corpus corpus" in bytes(part.tolist()) for part in (train, held_out))
+
     def test_without_data_the_standard_library_is_read(self) -> None:
         names = {path.name for path in find_corpus()}
         assert {"argparse.py", "dataclasses.py", "tempfile.py"} <= names

@@ -2,6 +2,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -519,6 +520,18 @@ def test_record_that_cannot_be_written_anew_is_refused_in_one_line(
     with pytest.raises(RecordError, match=r"cannot be written \(No space left on device\)"):
         run.resume()
     assert run.record.read_bytes() == before
+
+
+@pytest.mark.parametrize("again", ["16-mixed", "bf16-mixed"])
+def test_precision_that_is_given_again_leaves_the_policy_of_the_run(tmp_path: Path, again: str) -> None:
+    """That of the recipe, or of --recovery: the name of a precision says nothing of it."""
+    given = str(replace(Plan.preset("16-mixed"), recovery="roll-back"))
+    drive(begin(open_run(tmp_path, given)), stop_after=4)
+    run = open_run(tmp_path, given)
+    rounding = run.resume(again)
+    assert (rounding is None) == (again == "16-mixed")
+    assert run.stepper.plan.recovery == "roll-back" and run.stepper.plan.name == again
+    drive(run)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "auto"])

@@ -219,8 +219,8 @@ class ImageClassification:
                 model(self._shrink(image))
             except RuntimeError:
                 raise RecipeError(
-                    f"model {name} takes images of one size, so early_size cannot be {self.options.early_size}; leave it out, "
-                    "or take a model that averages over places, such as resnet9"
+                    f"model {name} does not take images of early_size={self.options.early_size} points; leave it out, give a "
+                    "larger one, or a model that averages over places, such as resnet18"
                 ) from None
         model.train()
 
