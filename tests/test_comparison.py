@@ -510,6 +510,24 @@ class TestWork:
         kinds = [line if line == "turn over" else type(records.decode(line)).__name__ for line in lines]
         assert kinds == ["turn over", *["StepRecord"] * 2, "turn over", *["StepRecord"] * 3, "turn over", "EndRecord"]
 
+    def test_a_rehearsal_that_dies_says_what_its_layers_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step = Stepper.step
+
+        def step_or_stop(stepper: Stepper, loss: Tensor) -> StepOutcome:
+            if stepper.applied == 3:
+                raise TrainingError("training stopped")
+            return step(stepper, loss)
+
+        monkeypatch.setattr(Stepper, "step", step_or_stop)
+        recipe, sink = write_recipe(tmp_path, precision=str(find_rehearsal("fp8-h100").plan)), io.StringIO()
+        with pytest.raises(TrainingError):
+            work("halfstep", recipe.build_task(), recipe.train, recipe.precision, io.StringIO("go 12\n"), sink)
+        said = [records.decode(line) for line in sink.getvalue().splitlines() if line != "turn over"]
+        assert sum(isinstance(record, StepRecord) for record in said) == 3
+        assert sum(isinstance(record, HarmRecord) and record.error > 0 for record in said) > 3
+
     @pytest.mark.parametrize("arm", ALL_ARMS)
     def test_every_arm_runs_to_its_end(self, tmp_path: Path, arm: str) -> None:
         said = [records.decode(line) for line in self.drive(tmp_path, "go 12\nend\n", arm) if line != "turn over"]
