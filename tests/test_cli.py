@@ -245,14 +245,6 @@ class TestTrain:
             refused, "is a run of task text-generation; recipe 'image-classification' is image-classification"
         )
 
-    def test_a_recipe_file_that_has_changed_is_refused_by_name(self, trained: House) -> None:
-        recipe = trained.root / "changing.toml"
-        recipe.write_text((trained.root / "tiny.toml").read_text())
-        trained.succeed("train", "changing.toml", "--steps", "4", "--out", "changed")
-        recipe.write_text(recipe.read_text().replace("lr = 1e-2", "lr = 2e-2"))
-        refused = trained.run("train", "changing.toml", "--resume", "changed")
-        require_one_line(refused, "changing.toml has changed since changed was started: lr = 0.01 then, lr = 0.02 now")
-
     def test_folders_with_brackets_are_printed_as_they_are(self, capsys: pytest.CaptureFixture[str]) -> None:
         end = EndRecord(step=3, reason="finished", peak_memory_bytes=1, skipped_steps=0)
         _tell_end(end, Path("runs/cnn[lr=0.1][/x]"), 3)

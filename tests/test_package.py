@@ -106,6 +106,7 @@ SPINE = [
     "comparison",
     "tasks",
     "report",
+    "runs",
     "cli",
 ]
 PURE = [

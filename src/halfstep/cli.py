@@ -8,16 +8,15 @@ import dataclasses
 import datetime
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from halfstep import records
-from halfstep.errors import CheckpointError, HalfstepError, RecipeError, RecordError
+from halfstep.errors import HalfstepError, RecipeError, RecordError
 
 if TYPE_CHECKING:
     from halfstep.records import Record
@@ -93,56 +92,6 @@ def _load(name: str, overrides: list[str] | None, **shorthands: object) -> "Reci
 def _spell(**shorthands: object) -> list[str]:
     """Options that were given, as overrides."""
     return [f"{key}={value}" for key, value in shorthands.items() if value is not None]
-
-
-def _read_head(folder: Path) -> "records.RunRecord | None":
-    """What stands at the head of the run in a folder; None where there is none."""
-    record = folder / "record.jsonl"
-    head = next(records.read(record), None) if record.exists() else None
-    return head if isinstance(head, records.RunRecord) else None
-
-
-def _read_file(recipe: str) -> str:
-    """A recipe of the user's own as its file has it; "" for one that comes with halfstep."""
-    return str(_load(recipe, None)) if recipe.endswith(".toml") else ""
-
-
-def _list_changes(before: str, now: str) -> str:
-    """The lines of a recipe that differ; "" where none does."""
-    pairs = zip(before.splitlines(), now.splitlines(), strict=True)
-    return "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
-
-
-def _take_over(folder: Path, recipe: "Recipe", given: list[str], file: str) -> "Recipe":
-    """The recipe of the run that is resumed, with the options that are given now.
-
-    file: what the recipe's file has now, where it is the user's own.
-
-    Raises CheckpointError, naming what differs, for another task, for a file that has changed, and for options that would make
-    it another run: all but precision and recovery.
-    """
-    import tomllib
-    from dataclasses import replace
-
-    from halfstep.tasks.recipe import parse_recipe
-
-    head = _read_head(folder)
-    if head is None:
-        return recipe
-    if head.task != recipe.task:
-        raise CheckpointError(f"{folder} is a run of task {head.task}; recipe '{recipe.name}' is {recipe.task}")
-    if head.recipe_file and file and (changed := _list_changes(head.recipe_file, file)):
-        raise CheckpointError(
-            f"{recipe.name}.toml has changed since {folder} was started: {changed}; put it back, or begin another run; precision "
-            "and recovery can be changed by --precision and --recovery"
-        )
-    before, now = (parse_recipe(tomllib.loads(head.recipe), recipe.name, words) for words in ((), given))
-    same = replace(now, precision=before.precision, recovery=before.recovery)
-    if changed := _list_changes(str(before), str(same)):
-        raise CheckpointError(
-            f"{folder} was started with other options: {changed}; give the same ones; only --precision and --recovery may change"
-        )
-    return now
 
 
 def _write_json(record: "Record", target: Path | None) -> None:
@@ -263,6 +212,7 @@ def train(
     """
     from halfstep.machine.hardware import require_device
     from halfstep.machine.runtime import tune_process
+    from halfstep.runs import build_run, describe_run, drive, names, read_file, take_over
 
     if out is not None and resume is not None:
         raise RecipeError("give --out for a new run or --resume for an old one, not both")
@@ -275,54 +225,16 @@ def train(
     ]
     loaded = _load(recipe, given)
     if resume is not None:
-        loaded = _take_over(resume, loaded, given, _read_file(recipe))
+        loaded = take_over(resume, loaded, given, read_file(recipe))
     folder = resume or out or Path("runs") / f"{loaded.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with tune_process() as process:
-        run = _build_run(loaded, folder, device, keeps_policy=resume is not None and not _names("recovery", given))
+        run = build_run(loaded, folder, device, keeps_policy=resume is not None and not names("recovery", given))
         if resume is None:
-            run.begin(_describe_run(loaded, process, device, _read_file(recipe)))
-        elif not _go_on(run, loaded.precision if _names("precision", given) else None):
+            run.begin(describe_run(loaded, process, device, read_file(recipe)))
+        elif not _go_on(run, loaded.precision if names("precision", given) else None):
             return
-        end = _drive(run, save_every, tensorboard)
+        end = drive(run, save_every, tensorboard, console)
     _tell_end(end, folder, loaded.train.steps)
-
-
-def _names(key: str, given: list[str]) -> bool:
-    """Whether overrides say something of a key."""
-    return any(word.startswith(f"{key}=") for word in given)
-
-
-def _build_run(recipe: "Recipe", folder: Path, device: str, *, keeps_policy: bool) -> "Run":
-    """keeps_policy: what is done about failures is what the checkpoint says, where there is one."""
-    from halfstep.machine.runtime import use_channels_last
-    from halfstep.stepper import prepare
-    from halfstep.training import Run, build_optimizer, build_schedule
-
-    task, settings = recipe.build_task(device), recipe.train
-    model = task.build_model()
-    use_channels_last(model)
-    optimizer = build_optimizer(model, settings, fused=True)
-    has_policy = keeps_policy and (folder / "checkpoint.safetensors").exists()
-    stepper = prepare(
-        model, optimizer, recipe.precision, accumulate=settings.accumulate, clip=settings.clip or None,
-        schedulers=build_schedule(optimizer, settings), recovery=None if has_policy else recipe.recovery,
-    )  # fmt: skip
-    stepper.conversion.masters.seed = settings.seed
-    return Run(task, stepper, settings, folder, name=f"{recipe.name}, {recipe.task}")
-
-
-def _describe_run(recipe: "Recipe", process: dict[str, str], device: str, file: str) -> records.RunRecord:
-    """The head of a new run."""
-    import torch
-
-    from halfstep.machine.hardware import name_machine
-
-    return records.RunRecord(
-        task=recipe.task, arm="halfstep", precision=recipe.precision, seed=recipe.train.seed, steps=recipe.train.steps,
-        recipe=str(recipe), recipe_file=file, machine=name_machine(device), torch_version=torch.__version__,
-        threads=torch.get_num_threads(), settings=process,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
 
 
 def _go_on(run: "Run", precision: str | None) -> bool:
@@ -337,21 +249,6 @@ def _go_on(run: "Run", precision: str | None) -> bool:
     if rounding is not None:
         console.print(f"from here on in {precision}: {rounding}", soft_wrap=True)
     return True
-
-
-def _drive(run: "Run", save_every: int, tensorboard: Path | None) -> records.EndRecord:
-    """Train to the end, or to a signal; what the signals did before is restored."""
-    from halfstep.report.progress import follow_run
-
-    def stop(_signal: int, _frame: Any) -> None:
-        run.stop = True
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return follow_run(run.drive(save_every=save_every), run.settings.steps, run.task.metric, console, tensorboard)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tell_end(end: records.EndRecord, folder: Path, steps: int) -> None:
