@@ -22,13 +22,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from halfstep.control.monitor import Audit
 from halfstep.errors import ModelError, PlanError, PrecisionWarning, UnsupportedError
 from halfstep.feasibility import (
+    keep_ingredients_wide,
     name_around,
     replaces_products,
     require_possible,
@@ -455,7 +453,7 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
         )
     resolution = plan.resolve({path: find_kind(module) for path, module in model.named_modules()})
     resolution.require_alive()
-    resolution = replace(resolution, table=_keep_ingredients_wide(model, resolution.table))
+    resolution = replace(resolution, table=keep_ingredients_wide(model, resolution.table))
     for path, module in model.named_modules():
         require_possible(path, module, resolution.table[path])
         if plan.loss_scale == "layer":
@@ -467,20 +465,3 @@ def draft_conversion(model: nn.Module, plan: Plan) -> Conversion:
                 )
     device_type = next((p.device.type for p in model.parameters()), "cpu")
     return Conversion(model, plan, resolution, device_type)
-
-
-def _keep_ingredients_wide(model: nn.Module, table: Mapping[str, Settings]) -> dict[str, Settings]:
-    """Settings under which what other weights are made of is stored in fp32: code that makes them may mix it with buffers, as
-    spectral norm does, and buffers are not converted."""
-    places = [path for path, module in model.named_modules() if _makes_weights(module)]
-    kept = dict(table)
-    for path in table:
-        if table[path].storage != "fp32" and any(path == place or path.startswith(f"{place}.") for place in places):
-            why = "; ".join(filter(None, [table[path].why, "other weights are made of it"]))
-            kept[path] = replace(table[path], storage="fp32", master="none", why=why)
-    return kept
-
-
-def _makes_weights(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return isinstance(module, ParametrizationList) or any(isinstance(hook, SpectralNorm | WeightNorm) for hook in hooks)

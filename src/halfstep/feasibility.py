@@ -1,6 +1,12 @@
 """What a module can be given: settings that cannot be honoured are refused before anything is done to a model."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from halfstep.errors import FormatError, UnsupportedError
 from halfstep.mechanisms.activations import SAVED_FORMATS
@@ -106,3 +112,20 @@ def _require_products(where: str, module: nn.Module, settings: Settings) -> None
         raise UnsupportedError(f"{where}: {error}") from None
     if settings.scaling == "delayed" and find_kind(module) in ("attention", "recurrent"):
         raise UnsupportedError(f"{where} makes several products, and scaling=delayed follows one; use scaling=tensor")
+
+
+def keep_ingredients_wide(model: nn.Module, table: Mapping[str, Settings]) -> dict[str, Settings]:
+    """Settings under which what other weights are made of is stored in fp32: code that makes them may mix it with buffers, as
+    spectral norm does, and buffers are not converted."""
+    places = [path for path, module in model.named_modules() if _makes_weights(module)]
+    kept = dict(table)
+    for path in table:
+        if table[path].storage != "fp32" and any(path == place or path.startswith(f"{place}.") for place in places):
+            why = "; ".join(filter(None, [table[path].why, "other weights are made of it"]))
+            kept[path] = replace(table[path], storage="fp32", master="none", why=why)
+    return kept
+
+
+def _makes_weights(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, ParametrizationList) or any(isinstance(hook, SpectralNorm | WeightNorm) for hook in hooks)
