@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from halfstep import records
+from halfstep import comparison, records
 from halfstep.arms import CONTROL, CONTROL_LR, TURN_OVER, PlainLoop, build_arm, is_arm, require_arms, work
 from halfstep.comparison import (
     REPAIRED,
@@ -233,26 +233,29 @@ for line in sys.stdin:
             sys.exit("error: training stopped at applied step 5")
         print(RECORDS[step])
     print(TURN_OVER, flush=True)
+    if arm == DIES and WAITING:
+        sys.exit("error: training stopped at applied step 5")
 print(RECORDS[0])
 """  # imports nothing, so that it starts at once
 
 
-def write_fake_worker(dies: str) -> str:
+def write_fake_worker(dies: str, *, waiting: bool = False) -> str:
     """Ten steps, evaluated after five and ten; that of one arm dies after five."""
     steps: dict[int, list[Record]] = {step: [make_step(step, 2.0 * 0.9**step)] for step in range(1, 11)}
     for step in (5, 10):
         steps[step].append(EvaluationRecord(step=step, metric="accuracy", value=step, train_seconds=1.0))
     steps[0] = [EndRecord(step=10, reason="finished", peak_memory_bytes=7, skipped_steps=0)]
     lines = {step: "\n".join(map(records.encode, found)) for step, found in steps.items()}
-    return f"DIES, TURN_OVER, RECORDS = {dies!r}, {TURN_OVER!r}, {lines!r}\n{FAKE_WORKER}"
+    return f"DIES, WAITING, TURN_OVER, RECORDS = {dies!r}, {waiting}, {TURN_OVER!r}, {lines!r}\n{FAKE_WORKER}"
 
 
 class TestAnArmThatDies:
     METRIC = Metric(name="accuracy", unit="%", higher_is_better=True, margin=0.5)
     ARMS = ("fp32", "halfstep", "halfstep:16-true", CONTROL)
 
-    def run(self, dies: str) -> dict[str, ArmResult]:
-        command = [sys.executable, "-c", write_fake_worker(dies)]
+    def run(self, dies: str, *, waiting: bool = False) -> dict[str, ArmResult]:
+        """waiting: it dies while it is not its turn, as one does that the system kills."""
+        command = [sys.executable, "-c", write_fake_worker(dies, waiting=waiting)]
         settings = TrainSettings(steps=10, evaluations=2)
         by_arm: dict[str, list[Any]] = {arm: [] for arm in self.ARMS}
         for seed in range(2):
@@ -268,8 +271,18 @@ class TestAnArmThatDies:
         assert len(dead.loss) == 5 and dead.speedup == {} and dead.evaluations == ()
         assert set(ours.speedup) == {"fp32"} and not ours.failure
 
-    def test_may_be_the_control_but_not_the_reference(self) -> None:
-        assert self.run(CONTROL)["halfstep"].verdict == "equivalent"
+    def test_may_die_while_it_waits(self) -> None:
+        found = self.run("halfstep", waiting=True)
+        assert found["halfstep"].verdict == "failed" and found["halfstep:16-true"].verdict == "equivalent"
+
+    def test_shows_nothing_of_the_gate_where_it_is_the_control(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        start, command = comparison._start, [sys.executable, "-c", write_fake_worker(CONTROL, waiting=True)]
+        monkeypatch.setattr(comparison, "_start", lambda _, *rest: start(command, *rest))
+        settings = TrainSettings(steps=10, evaluations=2)
+        found = compare("", "fake", self.METRIC, settings, arms=("fp32", "halfstep"), seeds=2)
+        assert not found.gate_works and "stopped: training stopped" in found.control
+
+    def test_ends_all_where_it_is_the_reference(self) -> None:
         with pytest.raises(TrainingError, match="arm 'fp32', seed 0, stopped: training stopped"):
             self.run("fp32")
 

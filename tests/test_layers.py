@@ -360,6 +360,55 @@ def test_weights_that_are_made_of_others_are_made_in_fp32(make: Callable[[nn.Mod
     assert made_of and {p.dtype for p in made_of} == {torch.float32}
 
 
+def test_a_weight_that_another_one_is_made_of_is_in_fp32_wherever_it_is_used() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.table.weight
+            nn.utils.parametrizations.weight_norm(self.head)
+            self.table.weight = self.head.parametrizations.weight.original1  # type: ignore[union-attr, assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.table(x))
+            return y
+
+    model = Tied()
+    stepper = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), "bf16-true")
+    with stepper.autocast():
+        loss = model(torch.arange(9)).float().square().mean()
+    assert stepper.step(loss).applied and model.table.weight.dtype is torch.float32
+
+
+def test_what_a_unit_is_given_in_a_dataclass_is_the_callers_own() -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor, kept: Output) -> Tensor:  # type: ignore[override]
+            kept.name = "written"
+            return super().forward(x)
+
+    layer, kept = Keeping(8, 3), Output(torch.ones(1))
+    make_unit(layer, Unit, "cpu", "bf16", "")
+    layer(torch.ones(1, 8), kept)
+    assert kept.name == "written"
+
+
+def test_weights_that_cannot_be_made_leave_no_cache_behind() -> None:
+    class Failing(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            if self.training:
+                raise MemoryError
+            return weight
+
+    layer = nn.Linear(16, 16).eval()
+    parametrize.register_parametrization(layer, "weight", Failing().eval())
+    with convert(nn.Sequential(layer), Plan.parse("kind=linear compute=fp8_e4m3\ncompute=fp32")) as conversion:
+        conversion.model.train()
+        try:
+            conversion.model(torch.ones(1, 16))
+        except MemoryError as error:
+            assert error.__traceback__ is not None and not parametrize._cache_enabled
+
+
 def test_products_of_a_parametrization_are_none_of_the_layer_that_is_scaled() -> None:
     class LowRank(nn.Module):
         def __init__(self) -> None:

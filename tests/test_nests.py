@@ -59,3 +59,15 @@ def test_a_field_that_was_never_set_is_left_out() -> None:
     output = object.__new__(Output)
     output.logits = torch.ones(1)
     assert len(list_tensors(output)) == 1
+
+
+def test_a_dataclass_that_holds_itself_is_walked_once() -> None:
+    output = Output(torch.ones(1), [])
+    output.hidden = [torch.ones(2), output]  # type: ignore[list-item]
+    assert len(list_tensors(output)) == 2
+    assert map_tensors(lambda t: t + 1, output).logits == 2
+
+
+def test_dataclasses_are_left_alone_where_that_is_asked_for() -> None:
+    output = Output(torch.ones(1), [])
+    assert map_tensors(lambda t: t + 1, [output], records=False)[0] is output

@@ -81,6 +81,9 @@ def test_a_recipe_file_that_has_changed_is_refused_by_name(recipe: Path, tmp_pat
         CheckpointError, match=r"mine\.toml has changed since .*: lr = 0\.01 then, lr = 0\.02 now; put it back"
     ):
         take(recipe, tmp_path / "run")
+    recipe.write_text(before.replace('precision = "bf16-mixed"', 'precision = "bf16-mixed"\nrecovery = "stop"'))
+    with pytest.raises(CheckpointError, match='recovery = null then, recovery = "stop" now'):
+        take(recipe, tmp_path / "run")
     recipe.write_text(before + "# a remark\n")
     assert take(recipe, tmp_path / "run").train.lr == 0.5
 
@@ -89,13 +92,13 @@ def test_a_run_from_before_the_file_was_noted_goes_on(recipe: Path, tmp_path: Pa
     loaded = load_recipe(str(recipe))
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "record.jsonl").open("w") as file:
-        records.append(file, [describe_run(loaded, {}, "cpu", "")])
+        records.append(file, [describe_run(loaded, {}, "cpu", None)])
     recipe.write_text(recipe.read_text().replace("lr = 1e-2", "lr = 2e-2"))
     assert take(recipe, tmp_path / "run").train.lr == 0.01
 
 
 def test_a_recipe_that_comes_with_halfstep_is_no_file_of_the_users() -> None:
-    assert read_file("text-generation") == ""
+    assert read_file("text-generation") is None
 
 
 def test_signals_do_after_a_run_what_they_did_before(recipe: Path, tmp_path: Path) -> None:

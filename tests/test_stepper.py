@@ -2686,9 +2686,17 @@ def test_states_in_lists_are_loaded_too_and_follow_a_plan() -> None:
     for stepper in (first, second):
         assert stepper.step(closure=partial(evaluate, stepper)).applied
     assert_same(copy_weights(models[0]), copy_weights(models[1]))
-    for plan in ("bf16-true", SPLIT):
-        second.adopt(Plan.parse(plan))
-        assert second.step(closure=lambda: evaluate(second)).applied
+
+
+def test_states_in_lists_follow_a_plan_to_fp32_and_stay_wide_where_the_model_is_partly() -> None:
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    x, y = make_regression_batches(1)[0]
+    stepper = prepare(model, LBFGS(model.parameters(), lr=0.1, max_iter=3), "bf16-true")
+    for plan in ("bf16-true", SPLIT, "32-true"):
+        stepper.adopt(Plan.parse(plan))
+        for _ in range(2):
+            assert stepper.step(closure=lambda: F.mse_loss(stepper.model(x).float(), y)).applied
 
 
 @pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed"])
@@ -2838,6 +2846,38 @@ def test_auto_waits_on_after_it_was_interrupted(failure: Any, where: str, monkey
         train(stepper, batches)
     assert "not chosen yet" in repr(stepper) and stepper.state_dict()["plan"] is None
     assert train(stepper, batches)[0].applied and stepper.plan_record is not None
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+def test_auto_that_is_interrupted_once_its_plan_is_in_force_goes_back_and_waits(
+    failure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while kernels are compiled for the record."""
+    model, batches = make_mlp(), make_regression_batches(1)
+    choice = Choice(plan=Plan.parse(SPLIT), why="so", seconds=0.0)
+    monkeypatch.setattr(plan_in_force, "choose_plan", lambda *_, **__: choice)
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile=make_profile("native"))
+    calls = iter([failure(), None])
+
+    def describe() -> tuple[str, ...]:
+        if error := next(calls):
+            raise error
+        return ()
+
+    with monkeypatch.context() as patch, pytest.raises(failure):
+        patch.setattr(stepper._optimizers, "describe_updates", describe)
+        train(stepper, batches)
+    assert model[0].weight.dtype is torch.float32 and "not chosen yet" in repr(stepper) and stepper.plan_record is None
+    assert train(stepper, batches)[0].applied
+    assert model[0].weight.dtype is torch.bfloat16 and stepper.plan_record is not None
+
+
+def test_a_trial_of_auto_leaves_no_buffer_behind() -> None:
+    (x, y), model = make_regression_batches(1)[0], nn.Sequential(Centred())
+    stepper = prepare(model, SGD(model.parameters(), lr=0.1), "auto", profile=make_profile("native"))
+    assert train(stepper, [(x * math.nan, y)])[0].skipped
+    assert cast(Centred, model[0]).centre is None
+    assert train(stepper, [(x, y)])[0].applied
 
 
 def test_a_bad_first_batch_of_auto_is_explained_by_the_batch_and_not_by_that_of_a_trial() -> None:

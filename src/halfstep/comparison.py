@@ -154,6 +154,9 @@ def _let_train(worker: _Worker, limit: int, turn: int, notify: Callable[[str, Re
         if worker.arm == REFERENCE:
             raise
         worker.failed = str(error)
+        if worker.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # of what it never read
+                worker.process.stdin.close()
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def _rejects(control: Verdict, by_arm: dict[str, list[_Worker]], metric: Metric)
             has_trained(r.steps[: len(c.steps)]) for r, c in zip(by_arm[REFERENCE], by_arm[CONTROL], strict=True)
         )
     single = control.word == "not tested" and abs(control.difference) > metric.margin
-    return control.word in ("worse", "failed") or single
+    return control.word == "worse" or single
 
 
 def _judge(mine: Sequence[_Worker], reference: Sequence[_Worker], metric: Metric) -> Verdict:
@@ -373,12 +376,13 @@ def compare(
         target = final - metric.margin if metric.higher_is_better else final + metric.margin
     results = tuple(summarise(name, by_arm, metric, target) for name in arms)
     control = _judge(by_arm[CONTROL], by_arm[REFERENCE], metric)
+    died = "; ".join(w.failed for w in by_arm[CONTROL] if w.failed)
     return ComparisonRecord(
         recipe_name=recipe_name, recipe=recipe, metric=metric.name, unit=metric.unit,
         higher_is_better=metric.higher_is_better, margin=metric.margin, target=target, seeds=seeds,
         steps=settings.steps, machine=name_machine(), torch_version=torch.__version__, threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), seconds=time.perf_counter() - begin,
-        command="", arms=results, control=f"{control.word}, {control.difference:+.3g} {metric.unit}",
+        command="", arms=results, control=died or f"{control.word}, {control.difference:+.3g} {metric.unit}",
         gate_works=_rejects(control, by_arm, metric),
         speedup=next((r.speedup for r in results if r.name == "halfstep"), {}),
         memory_ratio=next((r.memory_ratio for r in results if r.name == "halfstep"), {}),

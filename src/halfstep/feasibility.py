@@ -115,17 +115,21 @@ def _require_products(where: str, module: nn.Module, settings: Settings) -> None
 
 
 def keep_ingredients_wide(model: nn.Module, table: Mapping[str, Settings]) -> dict[str, Settings]:
-    """Settings under which what other weights are made of is stored in fp32: code that makes them may mix it with buffers, as
-    spectral norm does, and buffers are not converted."""
-    places = [path for path, module in model.named_modules() if _makes_weights(module)]
+    """Settings under which what other weights are made of is stored in fp32, also where it is used itself: code that makes
+    them may mix it with buffers, as spectral norm does, and buffers are not converted."""
+    ingredients = {p for module in model.modules() for p in _list_ingredients(module)}
     kept = dict(table)
-    for path in table:
-        if table[path].storage != "fp32" and any(path == place or path.startswith(f"{place}.") for place in places):
+    for path, module in model.named_modules():
+        if table[path].storage != "fp32" and not ingredients.isdisjoint(module.parameters(recurse=False)):
             why = "; ".join(filter(None, [table[path].why, "other weights are made of it"]))
             kept[path] = replace(table[path], storage="fp32", master="none", why=why)
     return kept
 
 
-def _makes_weights(module: nn.Module) -> bool:
+def _list_ingredients(module: nn.Module) -> list[nn.Parameter]:
+    """What a module makes weights of: a parametrization, or one under the older functions, which hook into it."""
     hooks = module._forward_pre_hooks.values()
-    return isinstance(module, ParametrizationList) or any(isinstance(hook, SpectralNorm | WeightNorm) for hook in hooks)
+    if isinstance(module, ParametrizationList):
+        return list(module.parameters())
+    is_older = any(isinstance(hook, SpectralNorm | WeightNorm) for hook in hooks)
+    return list(module.parameters(recurse=False)) if is_older else []

@@ -9,19 +9,29 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], values: Any, *, records: bool = True) -> Any:
     """The same nest with another tensor in the place of each; a dataclass in which none is another is the same object.
+
+    records: whether dataclasses are looked into. What a module is given should not be: it may write to the one it was given.
 
     Examples:
         >>> import torch
         >>> map_tensors(torch.neg, {"a": [torch.tensor(1), "b"]})
         {'a': [tensor(-1), 'b']}
     """
+    inside: set[int] = set()  # dataclasses that are being looked into: one may hold itself
 
     def map_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
-        return _map_fields(function, leaf) if _is_record(leaf) else leaf
+        if not records or not _is_record(leaf) or id(leaf) in inside:
+            return leaf
+        inside.add(id(leaf))
+        before = _read_fields(leaf)
+        after = {name: tree_map(map_leaf, value) for name, value in before.items()}
+        inside.remove(id(leaf))
+        pairs = zip(tree_leaves(after), tree_leaves(before), strict=True)
+        return leaf if all(new is old for new, old in pairs) else _replace_fields(leaf, after)
 
     return tree_map(map_leaf, values)
 
@@ -35,11 +45,12 @@ def list_tensors(values: Any) -> list[Tensor]:
         [tensor(1), tensor(3)]
     """
     found: list[Tensor] = []
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif _is_record(leaf):
-            found += list_tensors(list(_read_fields(leaf).values()))
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, values)
     return found
 
 
@@ -54,12 +65,8 @@ def _read_fields(record: Any) -> dict[str, Any]:
     }
 
 
-def _map_fields(function: Callable[[Tensor], Tensor], record: Any) -> Any:
-    before = _read_fields(record)
-    after = {name: map_tensors(function, value) for name, value in before.items()}
-    if all(new is old for new, old in zip(list_tensors(after), list_tensors(before), strict=True)):
-        return record
+def _replace_fields(record: Any, values: dict[str, Any]) -> Any:
     twin = copy.copy(record)
-    for name, value in after.items():
+    for name, value in values.items():
         object.__setattr__(twin, name, value)  # a frozen one too
     return twin

@@ -5,10 +5,11 @@ at its head, all but precision and recovery.
 """
 
 import datetime
+import json
 import signal
 import tomllib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,12 @@ def _read_head(folder: Path) -> records.RunRecord | None:
     return head if isinstance(head, records.RunRecord) else None
 
 
-def read_file(recipe: str) -> str:
-    """A recipe of the user's own as its file has it; "" for one that comes with halfstep."""
-    return str(load_recipe(recipe)) if recipe.endswith(".toml") else ""
+def read_file(recipe: str) -> Recipe | None:
+    """A recipe of the user's own as its file has it; None for one that comes with halfstep."""
+    return load_recipe(recipe) if recipe.endswith(".toml") else None
 
 
-def _list_changes(before: str, now: str) -> str:
-    """The lines of a recipe that differ; "" where none does."""
-    pairs = zip(before.splitlines(), now.splitlines(), strict=True)
-    return "; ".join(f"{old} then, {new} now" for old, new in pairs if old != new)
-
-
-def take_over(folder: Path, recipe: Recipe, given: Sequence[str], file: str) -> Recipe:
+def take_over(folder: Path, recipe: Recipe, given: Sequence[str], file: Recipe | None) -> Recipe:
     """The recipe of the run that is resumed, with the options that are given now.
 
     file: what the recipe's file has now, where it is the user's own.
@@ -56,18 +51,34 @@ def take_over(folder: Path, recipe: Recipe, given: Sequence[str], file: str) -> 
         return recipe
     if head.task != recipe.task:
         raise CheckpointError(f"{folder} is a run of task {head.task}; recipe '{recipe.name}' is {recipe.task}")
-    if head.recipe_file and file and (changed := _list_changes(head.recipe_file, file)):
+
+    def read(text: str, overrides: Sequence[str] = ()) -> Recipe:
+        return parse_recipe(tomllib.loads(text), recipe.name, overrides)
+
+    if head.recipe_file and file and (changed := _list_changes(read(head.recipe_file), file)):
         raise CheckpointError(
             f"{recipe.name}.toml has changed since {folder} was started: {changed}; put it back, or begin another run; precision "
             "and recovery can be changed by --precision and --recovery"
         )
-    before, now = (parse_recipe(tomllib.loads(head.recipe), recipe.name, words) for words in ((), given))
-    same = replace(now, precision=before.precision, recovery=before.recovery)
-    if changed := _list_changes(str(before), str(same)):
+    before, now = read(head.recipe), read(head.recipe, given)
+    if changed := _list_changes(before, replace(now, precision=before.precision, recovery=before.recovery)):
         raise CheckpointError(
             f"{folder} was started with other options: {changed}; give the same ones; only --precision and --recovery may change"
         )
     return now
+
+
+def _list_changes(before: Recipe, now: Recipe) -> str:
+    """What two recipes of one task differ in; "" where in nothing."""
+    then, later = (
+        {"precision": r.precision, "recovery": r.recovery, **asdict(r.train), **asdict(r.options)}
+        for r in (before, now)
+    )
+    return "; ".join(
+        f"{key} = {json.dumps(then[key])} then, {key} = {json.dumps(later[key])} now"
+        for key in then
+        if then[key] != later[key]
+    )
 
 
 def names(key: str, given: Sequence[str]) -> bool:
@@ -90,11 +101,11 @@ def build_run(recipe: Recipe, folder: Path, device: str, *, keeps_policy: bool) 
     return Run(task, stepper, settings, folder, name=f"{recipe.name}, {recipe.task}")
 
 
-def describe_run(recipe: Recipe, process: dict[str, str], device: str, file: str) -> records.RunRecord:
+def describe_run(recipe: Recipe, process: dict[str, str], device: str, file: Recipe | None) -> records.RunRecord:
     """The head of a new run."""
     return records.RunRecord(
         task=recipe.task, arm="halfstep", precision=recipe.precision, seed=recipe.train.seed, steps=recipe.train.steps,
-        recipe=str(recipe), recipe_file=file, machine=name_machine(device), torch_version=torch.__version__,
+        recipe=str(recipe), recipe_file=str(file or ""), machine=name_machine(device), torch_version=torch.__version__,
         threads=torch.get_num_threads(), settings=process,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip

@@ -359,8 +359,13 @@ class Stepper:
 
         def take(choice: Choice) -> None:
             self._window.forget_passes()  # of trials, which came through the model too
-            window, before = self._window.state_dict(), self.scale
-            self._adopt(choice.plan, choice.why, choice.seconds)
+            window, before, plan, record = self._window.state_dict(), self.scale, self.plan, self.plan_record
+            try:
+                self._adopt(choice.plan, choice.why, choice.seconds)
+            except BaseException:  # it is chosen again when the next batch arrives, from here
+                self._adopt(plan, "")
+                self.plan_record = record
+                raise
             if window is not None:
                 self._window.load_state_dict(window, self.scale / before)
             if self._around is not None:

@@ -263,7 +263,7 @@ class Run:
         if self.checkpoint.exists() or saved_before or not self.record.exists():
             self._restore(load_checkpoint(self.checkpoint))
         kept = self._read_record()
-        given = None if plan is None else self._keep_policies(read_plan(plan))
+        given = None if plan is None else self._keep_policy(read_plan(plan))
         if given is not None and not self._is_in_force(given):
             before = self.stepper.plan.name or "an unnamed plan"
             why = f"on resuming after step {self.done}, in place of {before}"
@@ -287,15 +287,13 @@ class Run:
         _set_random_states(state["random"])
         self.done, self.train_seconds = state["done"], state["train_seconds"]
 
-    def _keep_policies(self, plan: Plan) -> Plan:
-        """A plan with what the run does about failures and states, where it says nothing of them itself."""
-        usual, now = Plan(), self.stepper.plan
-        recovery = now.recovery if plan.recovery == usual.recovery else plan.recovery
-        states = now.states if plan.states == usual.states else plan.states
-        return replace(plan, recovery=recovery, states=states)
+    def _keep_policy(self, plan: Plan) -> Plan:
+        """A plan with what the run does about failures, where it says nothing of that itself, as no name of a precision does."""
+        says_nothing = plan.recovery == Plan().recovery
+        return replace(plan, recovery=self.stepper.plan.recovery) if says_nothing else plan
 
     def _is_in_force(self, plan: Plan) -> bool:
-        chosen_for = self.stepper.chosen_for and str(self._keep_policies(Plan.parse(self.stepper.chosen_for)))
+        chosen_for = self.stepper.chosen_for and str(self._keep_policy(Plan.parse(self.stepper.chosen_for)))
         return str(plan) in (self.stepper.state_dict()["plan"], chosen_for)
 
     def _read_record(self) -> list[Record]:

@@ -86,7 +86,7 @@ class Window:
             self.buffers, self.amaxes = copy_buffers(find_owners(self.model)), self.histories.copy()
         self.is_wrapped = is_inside_wrapper()
         # detached: another network's graph may hang on them
-        self._inputs[self.micro] = map_tensors(Tensor.detach, (args, kwargs))
+        self._inputs[self.micro] = map_tensors(Tensor.detach, (args, kwargs), records=False)
 
     def forget_passes(self) -> None:
         """Forward passes that no backward pass has followed do not count any more: the model has been loaded since."""

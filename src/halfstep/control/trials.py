@@ -30,6 +30,7 @@ from halfstep.conversion import convert
 from halfstep.machine.timing import Stopwatch
 from halfstep.nests import list_tensors, map_tensors
 from halfstep.plan import Plan, Rule
+from halfstep.snapshot import copy_buffers, find_owners, put_back_buffers
 
 TRIALS = 5
 TRIES = 2  # before a plan that seems to lose is given up: other work on the machine may hide what it gains
@@ -45,7 +46,7 @@ def find_devices(model: nn.Module) -> list[int]:
 def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Random states, buffers and gradients are as before after the block."""
     devices = find_devices(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = copy_buffers(find_owners(model))
     gradients = {p: p.grad for p in model.parameters()}
     for parameter in gradients:
         parameter.grad = None
@@ -53,9 +54,7 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for name, buffer in model.named_buffers():
-            if name in buffers and buffers[name].shape == buffer.shape:  # a model may make buffers as it runs
-                buffer.copy_(buffers[name])
+        put_back_buffers(buffers)
         for parameter, gradient in gradients.items():
             parameter.grad = None
             parameter.grad = gradient

@@ -46,9 +46,9 @@ def find_kind(module: nn.Module) -> str:
     return next((kind for kind, classes in _KINDS if isinstance(module, classes)), "")
 
 
-def cast_floats(values: Any, dtype: torch.dtype) -> Any:
-    """Every floating-point tensor in a nest of containers in `dtype`; all else as it is."""
-    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, values)
+def cast_floats(values: Any, dtype: torch.dtype, *, records: bool = True) -> Any:
+    """Every floating-point tensor in a nest of containers in `dtype`; all else as it is. records: of dataclasses too."""
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, values, records=records)
 
 
 def autocast(device_type: str, compute: str, *, cache: bool = True) -> AbstractContextManager[Any]:
@@ -73,7 +73,7 @@ class Unit:
         original, device_type, compute, output = self._halfstep
         inside = self._halfstep_inside
         with autocast(device_type, compute, cache=False) if inside is None else inside():
-            args, kwargs = cast_floats((args, kwargs), DTYPES[compute])
+            args, kwargs = cast_floats((args, kwargs), DTYPES[compute], records=False)
             result = original.forward(self, *args, **kwargs)
         return cast_floats(result, DTYPES[output]) if output else result
 
@@ -115,11 +115,11 @@ class ProductUnit(Unit):
         module = cast(nn.Module, self)
         if not parametrize.is_parametrized(module):
             return nullcontext()
-        stack = ExitStack()
-        stack.enter_context(parametrize.cached())
-        for name in cast(nn.ModuleDict, module.parametrizations):
-            getattr(module, name)
-        return stack
+        with ExitStack() as stack:
+            stack.enter_context(parametrize.cached())
+            for name in cast(nn.ModuleDict, module.parametrizations):
+                getattr(module, name)
+            return stack.pop_all()
 
 
 class ScaledUnit(Unit):
@@ -193,7 +193,7 @@ class NormUnit(Unit):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original, device_type, _, output = self._halfstep
         with _shown(self, lambda p: p.to(torch.float32)), autocast(device_type, "fp32"):
-            args, kwargs = cast_floats((args, kwargs), torch.float32)
+            args, kwargs = cast_floats((args, kwargs), torch.float32, records=False)
             return cast_floats(original.forward(self, *args, **kwargs), DTYPES[output])
 
 

@@ -33,24 +33,25 @@ def match_states(optimizer: Optimizer, parameter: nn.Parameter, dtype: torch.dty
 
 
 def match_state(state: Any, parameter: nn.Parameter, dtype: torch.dtype) -> Any:
-    """A state of a parameter, or a nest of them, with its floating-point tensors in `dtype`.
+    """A state of a parameter, or a nest of them, with its floating-point tensors as the optimizer wants them.
 
-    Those of the parameter's shape get its strides, because fused kernels walk through memory, not through indices. Single
-    numbers stay as they are: optimizers keep them in fp32 whatever the parameter is in.
+    Those of the parameter's shape come in `dtype` and with its strides, because fused kernels walk through memory, not through
+    indices. Others, as rows and columns of a factored state, leave 16 bits where the parameter does; they are made narrow by
+    nobody here, and single numbers stay as they are: optimizers keep those in fp32 whatever the parameter is in.
 
     Examples:
-        >>> match_state([torch.ones(3), 2], nn.Parameter(torch.ones(4)), torch.bfloat16)
-        [tensor([1., 1., 1.], dtype=torch.bfloat16), 2]
+        >>> match_state([torch.ones(3).bfloat16(), 2], nn.Parameter(torch.ones(4)), torch.float32)
+        [tensor([1., 1., 1.]), 2]
     """
 
     def match(value: Any) -> Any:
-        is_number = isinstance(value, Tensor) and value.dim() == 0 and parameter.dim() > 0
-        if not isinstance(value, Tensor) or is_number:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        wanted = dtype if value.is_floating_point() else value.dtype
-        laid_out = torch.empty_like(parameter, dtype=wanted, requires_grad=False)
-        is_so = value.shape != parameter.shape or value.is_sparse or value.stride() == laid_out.stride()
-        return value.to(wanted) if is_so else laid_out.copy_(value)
+        if value.shape != parameter.shape:
+            return value.to(dtype) if value.dim() and dtype == torch.float32 else value
+        laid_out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        is_so = value.is_sparse or value.stride() == laid_out.stride()
+        return value.to(dtype) if is_so else laid_out.copy_(value)
 
     return tree_map(match, state)
 

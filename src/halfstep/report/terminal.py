@@ -157,7 +157,7 @@ def describe_arm(arm: ArmResult) -> dict[str, str]:
         "metric": f"{arm.metric_mean:.3f} ± {arm.metric_sd:.3f}",
         "difference": f"{arm.difference:+.4f}",
         "interval": f"{low:+.4f} .. {high:+.4f}" if arm.verdict != "not tested" else "-",
-        "ms": f"{arm.step_ms:.4g}",
+        "ms": f"{arm.step_ms:.4g}" if math.isfinite(arm.step_ms) else "-",
         "speed": f"{arm.speedup.get('fp32', 1.0):.2f}",
         "peak": f"{arm.peak_memory_bytes / 2**20:.0f}",
         "skips": str(arm.skipped_steps),

@@ -121,11 +121,14 @@ class Optimizers:
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Optimizer.load_state_dict has cast states to the 16 bits of their parameter, and left them the strides they were
-        saved with: take them again, as the optimizer sees the parameter."""
+        saved with: take them again, as the optimizer sees the parameter. Where that is in 16 bits too, states of other shapes
+        are left as torch has them."""
         for saved, group in zip(self._incoming["param_groups"], optimizer.param_groups, strict=True):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
                 for key, value in self._incoming["state"].get(index, {}).items():
-                    if key != "step" and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                    is_alike = isinstance(value, Tensor) and (value.dim() == 0 or value.shape == parameter.shape)
+                    is_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+                    if key != "step" and (is_alike or (is_tensors and parameter in self.masters)):
                         own = tree_map(partial(_copy_to, parameter.device), value)
                         optimizer.state[parameter][key] = match_state(own, parameter, self._find_dtype(parameter))
         self._incoming = {}

@@ -62,7 +62,7 @@ class PlanInForce:
             drafted = draft_conversion(self._model, plan)
             require_plan(plan, drafted, self._options, self._optimizers.all)
             drafted.apply()
-        except Exception:
+        except BaseException:
             self._follow(convert(self._model, before.plan), before)
             self._optimizers.masters = self.conversion.masters
             raise

@@ -214,7 +214,7 @@ class ImageClassification:
             raise DataError(
                 f"model {name} does not take images of {size} points; give square ones, or another model"
             ) from None
-        if self.options.early_size:
+        if self.options.early_size and self.options.early_share:
             try:
                 model(self._shrink(image))
             except RuntimeError:
