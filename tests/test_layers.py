@@ -441,3 +441,18 @@ def test_two_threads_leave_each_other_the_parameters_of_a_norm() -> None:
     with convert(model, Plan.parse("compute=bf16 storage=bf16 master=split")), ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: model(torch.ones(2, 8)), range(8)))
         assert model[0].weight is weight and weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["bf16-true", "compute=bf16 storage=bf16 master=split"])
+def test_units_are_traced_into_one_graph(mode: str) -> None:
+    torch._dynamo.reset()
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    x = torch.randn(4, 8)
+    with convert(model, Plan.parse(mode)) as conversion:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with conversion.autocast():
+            found, right = compiled(x), model(x)
+        assert found.dtype is right.dtype and torch.equal(found, right)
+        found.float().sum().backward()
+        assert model[1].weight.grad is not None and model[1].weight is dict(model.named_parameters())["1.weight"]
