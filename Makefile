@@ -12,7 +12,7 @@ help:
 	@echo "make docs   build the documentation into site/"
 	@echo "make bench          speed at equal accuracy: every workload, halfstep beside its rivals (some hours)"
 	@echo "make bench-quick    the same for two workloads (about three minutes)"
-	@echo "make bench-results  the trainings that the README reports (about an hour)"
+	@echo "make bench-results  the trainings that the README reports (about an hour; with CIFAR-10 some)"
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

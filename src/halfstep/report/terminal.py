@@ -197,7 +197,8 @@ def conclude_rehearsal(c: ComparisonRecord, ours: ArmResult) -> str:
     repaired = next((a for a in c.arms if a.name == REPAIRED), None)
     found = "training fails" if ours.failure else f"{c.metric} is {ours.verdict}"
     if repaired is not None:
-        return f"In these numerics {found}; with the worst layers kept wider {c.metric} is {repaired.verdict}."
+        what = c.metric if ours.failure else "it"
+        return f"In these numerics {found}; with the worst layers kept wider {what} is {repaired.verdict}."
     cause = "their layers change the gradient by little beside what batches do"
     advice = "use more seeds or steps" if ours.verdict == "inconclusive" else "look at the losses over steps"
     return f"In these numerics {found}, though {cause}; {advice}."
