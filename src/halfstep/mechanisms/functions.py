@@ -126,7 +126,9 @@ class FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         is_traced = torch.compiler.is_compiling()
         ours = (self.traced if is_traced else self.replacements).get(func)
-        if is_traced and func is Tensor.unflatten:  # which the compiler neither traces under a mode nor finds in a dictionary
+        if (
+            is_traced and func is Tensor.unflatten
+        ):  # which the compiler neither traces under a mode nor finds in a dictionary
             return torch.unflatten(*args, **kwargs)
         if ours is None and func in FAST and not is_traced:  # whose kernels do not run here
             self.called[func] = None
