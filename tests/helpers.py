@@ -29,6 +29,24 @@ NO_MASTER = "compute=bf16 storage=bf16 master=none"
 
 Status = Literal["native", "emulated", "slower", "unsupported"]
 
+TINY_RECIPE = """
+task = "text-generation"
+precision = "bf16-mixed"
+[train]
+steps = 12
+batch_size = 8
+lr = 1e-2
+evaluations = 2
+[options]
+data = {data!r}
+layers = 1
+width = 32
+heads = 2
+context = 16
+held_out_sequences = 16
+"""
+"""Text generation in a second; {data} is a file or folder of text."""
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:

@@ -52,25 +52,10 @@ from halfstep.report.terminal import show_comparison
 from halfstep.stepper import Stepper
 from halfstep.tasks.recipe import Recipe, load_recipe
 from halfstep.training import Metric, TrainSettings, build_optimizer, build_schedule
+from helpers import TINY_RECIPE
 
 ALL_ARMS = ("fp32", "fp32-tuned", "torch-amp", "torch-amp-tuned", "halfstep", "halfstep:bf16-true", CONTROL)
 E2E_ARMS = ("fp32", "halfstep", "halfstep:bf16-true")
-RECIPE = """
-task = "text-generation"
-precision = "bf16-mixed"
-[train]
-steps = 12
-batch_size = 8
-lr = 1e-2
-evaluations = 2
-[options]
-data = {data!r}
-layers = 1
-width = 32
-heads = 2
-context = 16
-held_out_sequences = 16
-"""
 
 
 def write_text(folder: Path) -> Path:
@@ -83,7 +68,7 @@ def write_text(folder: Path) -> Path:
 
 def write_recipe(folder: Path, **changes: object) -> Recipe:
     path = folder / "tiny.toml"
-    path.write_text(RECIPE.format(data=str(write_text(folder / "text"))))
+    path.write_text(TINY_RECIPE.format(data=str(write_text(folder / "text"))))
     return load_recipe(str(path), [f"{key}={value}" for key, value in changes.items()])
 
 

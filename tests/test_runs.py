@@ -12,23 +12,7 @@ from halfstep.errors import CheckpointError
 from halfstep.records import EndRecord
 from halfstep.runs import build_run, describe_run, drive, read_file, take_over
 from halfstep.tasks.recipe import Recipe, load_recipe
-
-RECIPE = """
-task = "text-generation"
-precision = "bf16-mixed"
-[train]
-steps = 3
-batch_size = 4
-lr = 1e-2
-evaluations = 1
-[options]
-data = {data!r}
-layers = 1
-width = 32
-heads = 2
-context = 16
-held_out_sequences = 4
-"""
+from helpers import TINY_RECIPE
 
 
 @pytest.fixture
@@ -36,7 +20,7 @@ def recipe(tmp_path: Path) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 50)
     path = tmp_path / "mine.toml"
-    path.write_text(RECIPE.format(data=str(text)))
+    path.write_text(TINY_RECIPE.format(data=str(text)))
     return path
 
 
@@ -106,5 +90,5 @@ def test_signals_do_after_a_run_what_they_did_before(recipe: Path, tmp_path: Pat
     begin(recipe, tmp_path / "run")
     run = build_run(load_recipe(str(recipe)), tmp_path / "run", "cpu", keeps_policy=False)
     end = drive(run, 0, None, Console(quiet=True))
-    assert isinstance(end, EndRecord) and (end.reason, end.step) == ("finished", 3)
+    assert isinstance(end, EndRecord) and (end.reason, end.step) == ("finished", 12)
     assert signal.getsignal(signal.SIGTERM) is before

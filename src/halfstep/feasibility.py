@@ -1,4 +1,5 @@
-"""What a module can be given: settings that cannot be honoured are refused before anything is done to a model."""
+"""What a module can be given: settings that cannot be honoured are refused before anything is done to a model, and what other
+weights are made of is kept in fp32."""
 
 from collections.abc import Mapping
 from dataclasses import replace
